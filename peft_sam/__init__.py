@@ -1,0 +1,43 @@
+"""peft_sam: sparse fine-tuning for Hugging Face PEFT.
+
+SAM, the Second-order Approximation Method (Fu et al. 2022, arXiv 2211.15583), trains only the ⌊p·m⌋ parameters of a
+pretrained model with the largest squared gradient of the task's mean loss. It is neither sharpness-aware
+minimisation nor Segment Anything; `transformers.SamConfig` is something else.
+
+Importing the package registers the PEFT type SAM_SPARSE:
+
+    model = get_peft_model(base_model, SamConfig(task_type="SEQ_CLS", density=0.005))
+    trainer = Trainer(model=model, ...)
+    select_parameters(trainer)
+    trainer.train()
+    model.save_pretrained("my-adapter")
+"""
+
+from peft_sam import _peft
+from peft_sam.card import complete_card
+from peft_sam.choose import choose
+from peft_sam.config import SamConfig
+from peft_sam.delta import SparseDelta
+from peft_sam.gradients import GradientStatistics, Loss, accumulate
+from peft_sam.layer import PendingAdapterError, SamLayer
+from peft_sam.model import SamModel
+from peft_sam.selection import Selection
+from peft_sam.selector import choose_for, select_parameters
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GradientStatistics",
+    "Loss",
+    "PendingAdapterError",
+    "SamConfig",
+    "SamModel",
+    "Selection",
+    "SparseDelta",
+    "accumulate",
+    "choose",
+    "select_parameters",
+]
+
+SamModel.chooser = staticmethod(choose_for)
+_peft.register(SamConfig, SamModel, SamLayer, complete_card)

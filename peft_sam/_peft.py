@@ -1,0 +1,179 @@
+"""The one door to names that PEFT keeps private, and the only place that changes PEFT's tables.
+
+Everything else in this package uses what PEFT documents. If a name below moves, the import fails here, with the
+range of PEFT versions that is known to work.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+SUPPORTED_PEFT = "peft>=0.21.2,<0.22"
+
+try:
+    import peft.mixed_model
+    import peft.tuners.mixed
+    import peft.tuners.mixed.model as mixed
+    from peft import PeftModel
+    from peft.mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING,
+        PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+        PEFT_TYPE_TO_PREFIX_MAPPING,
+        PEFT_TYPE_TO_TUNER_MAPPING,
+    )
+    from peft.tuners.tuners_utils import (
+        BaseTuner,
+        BaseTunerLayer,
+        _maybe_include_all_linear_layers,
+        check_adapters_to_merge,
+        check_target_module_exists,
+    )
+    from peft.utils import PeftType
+    from peft.utils.error import NoMatchingPeftModuleError
+except ImportError as error:
+    raise ImportError(
+        f"peft_sam supports {SUPPORTED_PEFT} and found peft {version('peft')}, which lacks a name that peft_sam "
+        f'needs ({error}). Install a supported version: pip install "{SUPPORTED_PEFT}"'
+    ) from error
+
+__all__ = [
+    "SAM_SPARSE",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "NoMatchingPeftModuleError",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "include_all_linear_layers",
+    "register",
+]
+
+include_all_linear_layers = _maybe_include_all_linear_layers
+# A reloaded module finds its own wrappers in place and unwraps them.
+_write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
+_load_adapter = inspect.unwrap(PeftModel.load_adapter)
+
+
+def _add_member(name: str) -> PeftType:
+    """Add a real member `name` to PEFT's closed enum of types, or return the one that is there.
+
+    A plain string in its place would break `.value`; a member entered in the enum's own maps passes lookup by
+    value, name and attribute, JSON, deepcopy and pickle.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    type.__setattr__(PeftType, name, member)
+    return member
+
+
+SAM_SPARSE = _add_member("SAM_SPARSE")
+
+
+def register(config_cls: type, model_cls: Any, layer_cls: type, complete_card: Callable[[Any, Path], None]) -> None:
+    """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, and the text of the model card.
+
+    Called again it replaces what it entered before, so that a reloaded module works.
+    """
+    PEFT_TYPE_TO_CONFIG_MAPPING[SAM_SPARSE] = config_cls
+    PEFT_TYPE_TO_TUNER_MAPPING[SAM_SPARSE] = model_cls
+    PEFT_TYPE_TO_PREFIX_MAPPING[SAM_SPARSE] = model_cls.prefix
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING[SAM_SPARSE] = model_cls
+    _register_mixed(config_cls, model_cls, layer_cls)
+    _register_card(config_cls, complete_card)
+    _register_loading(config_cls)
+
+
+def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
+    """Put a `MixedModel` in place that knows one method more; PEFT's own has its list written out in code."""
+
+    class MixedModel(mixed.MixedModel):
+        def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:  # type: ignore[override]
+            if isinstance(peft_config, config_cls):
+                return peft_config
+            return super()._prepare_adapter_config(peft_config, model_config)
+
+        def _prepare_model(self, peft_config: Any, model: Any) -> None:
+            if isinstance(peft_config, config_cls):
+                model_cls._prepare_model(self, peft_config, model)
+
+        def _create_and_replace(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            if isinstance(config, config_cls):
+                model_cls._create_and_replace(self, config, *args, **kwargs)
+            else:
+                super()._create_and_replace(config, *args, **kwargs)
+
+        def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if isinstance(self.peft_config[adapter_name], config_cls):
+                model_cls.finish_injection(self, model, adapter_name)
+
+    if SAM_SPARSE not in mixed.COMPATIBLE_TUNER_TYPES:
+        mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, SAM_SPARSE)
+        peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = mixed.COMPATIBLE_TUNER_TYPES
+        mixed.PREFIXES.append(model_cls.prefix)
+    if config_cls not in mixed.Configs.__args__:
+        mixed.Configs = mixed.Configs | config_cls
+        mixed.Layers = (*mixed.Layers, layer_cls)
+    peft.mixed_model.MixedModel = MixedModel
+
+
+def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None]) -> None:
+    """Have PEFT's model card say what a sparse adapter is, also when `push_to_hub` writes a card of its own.
+
+    `push_to_hub` saves the adapter, then overwrites its card with an empty template; the card is written once
+    more before the upload.
+    """
+
+    @functools.wraps(_write_plain_card)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        _write_plain_card(self, output_dir)
+        for config in self.peft_config.values():
+            if isinstance(config, config_cls):
+                complete_card(config, Path(output_dir) / "README.md")
+
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(config, config_cls) for config in self.peft_config.values()):
+            self.create_or_update_model_card(str(working_dir))
+        return super(PeftModel, self)._upload_modified_files(working_dir, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign]
+
+
+def _register_loading(config_cls: type) -> None:
+    """Have a sparse adapter whose file cannot be loaded taken out again; PEFT adds it before it reads the file."""
+
+    @functools.wraps(_load_adapter)
+    def load_adapter(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        def awaited() -> bool:
+            config = self.peft_config.get(adapter_name)
+            return isinstance(config, config_cls) and self.base_model.awaits_file(adapter_name)
+
+        new = adapter_name not in self.peft_config or awaited()
+        try:
+            return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+        except BaseException as error:
+            if new and awaited():
+                self.base_model.withdraw(adapter_name)
+                if isinstance(error, SafetensorError):
+                    raise ValueError(
+                        f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}): save or download "
+                        "it again."
+                    ) from error
+            raise
+
+    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]

@@ -1,0 +1,99 @@
+"""From statistics to a `Selection`: scores, budget, threshold. Works on any named parameters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from peft_sam.scores import SCORES
+from peft_sam.selection import Selection
+from peft_sam.threshold import bits_of, budget_of, largest
+
+# Entries whose scores exist at a time; also fixes how the noise of a seeded score is drawn.
+CHUNK = 1 << 22
+
+
+def choose(
+    parameters: Mapping[str, Tensor],
+    *,
+    score: str = "sam",
+    density: float = 0.005,
+    budget: str = "global",
+    seed: int = 0,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Selection:
+    """Select the entries of `parameters` with the largest scores.
+
+    Args:
+        parameters: name → candidate, in the order that breaks ties.
+        score: a row of `scores.SCORES`.
+        density, budget: p and how k comes from it, as in `SamConfig`.
+        seed: of the score "random".
+        statistics: statistic → parameter name → tensor, for a score that needs data.
+
+    Raises:
+        ValueError: if k is 0, if every score is 0, or if a candidate has no storage (meta device).
+    """
+    statistics = statistics or {}
+    scores = {
+        name: _ChunkedScores(score, name, parameter, {kind: of[name] for kind, of in statistics.items()}, seed)
+        for name, parameter in parameters.items()
+    }
+    if budget == "global":
+        indices, threshold = _choose_in(scores, density)
+    else:
+        indices, threshold = {}, float("inf")
+        for name, of_one in scores.items():
+            if budget_of(density, of_one.numel):
+                positions, smallest = largest({name: of_one}, budget_of(density, of_one.numel))
+                indices[name], threshold = positions[name], min(threshold, smallest)
+            else:
+                indices[name] = torch.empty(0, dtype=torch.int64)
+        if not any(map(len, indices.values())):
+            _raise_empty(density, max((s.numel for s in scores.values()), default=0), "of the largest candidate")
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return Selection(indices, shapes, score, budget, density, threshold)
+
+
+def _choose_in(scores: Mapping[str, _ChunkedScores], density: float) -> tuple[dict[str, Tensor], float]:
+    entries = sum(of_one.numel for of_one in scores.values())
+    k = budget_of(density, entries)
+    if k == 0:
+        _raise_empty(density, entries, "of all candidates together")
+    return largest(scores, k)
+
+
+def _raise_empty(density: float, entries: int, of_what: str) -> None:
+    raise ValueError(
+        f"density {density} {of_what} ({entries:,} entries) is less than one entry: nothing would be trained. "
+        f"Use a density of at least {1 / max(entries, 1):.2g}."
+    )
+
+
+class _ChunkedScores:
+    """The scores of one parameter, computed piece by piece each time they are asked for."""
+
+    def __init__(self, score: str, name: str, parameter: Tensor, statistics: Mapping[str, Tensor], seed: int) -> None:
+        self.row, self.name, self.numel = SCORES[score], name, parameter.numel()
+        self.seed = (seed << 32) ^ zlib.crc32(name.encode())
+        sources = {"weight": parameter, **statistics}
+        self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind != "noise"}
+        for kind, tensor in self.sources.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"score {score!r} needs the {kind} of {name!r}, which is on the meta device: load the model's "
+                    "weights before selecting."
+                )
+
+    def __call__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
+        for start in range(0, self.numel, CHUNK):
+            stop = min(start + CHUNK, self.numel)
+            inputs = {kind: tensor[start:stop] for kind, tensor in flat.items()}
+            if "noise" in self.row.inputs:
+                inputs["noise"] = torch.rand(stop - start, generator=generator)
+            yield bits_of(self.row.function(**inputs))

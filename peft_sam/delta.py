@@ -1,0 +1,114 @@
+"""The sparse change of one parameter: its support and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_support(indices: Tensor, numel: int, name: str) -> None:
+    """Check that `indices` is a support in a parameter of `numel` entries.
+
+    A support is a 1-D integer tensor of flat row-major positions, strictly increasing, each in [0, numel).
+
+    Raises:
+        ValueError: says what is wrong and where; `name` is the parameter.
+    """
+    if indices.ndim != 1 or indices.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"the support of {name!r} must be a 1-D tensor of 32- or 64-bit integers; got shape "
+            f"{tuple(indices.shape)}, {indices.dtype}."
+        )
+    if len(indices) == 0:
+        return
+    steps = indices[1:] <= indices[:-1]
+    if bool(steps.any()):
+        at = int(steps.nonzero()[0]) + 1
+        raise ValueError(
+            f"the support of {name!r} must be sorted without repeats; entry {at} is {int(indices[at])} after "
+            f"{int(indices[at - 1])}."
+        )
+    first, last = int(indices[0]), int(indices[-1])
+    if first < 0 or last >= numel:
+        raise ValueError(
+            f"the support of {name!r} has position {first if first < 0 else last}, outside the parameter, which has "
+            f"{numel} entries."
+        )
+
+
+def delta_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the values for a base parameter of `dtype`: float32 where the base has less (as PEFT does)."""
+    return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
+
+
+class SparseDelta(nn.Module):
+    """Δ of one parameter θ of shape `shape`: Δ.flatten()[indices] = values, and 0 elsewhere.
+
+    Attributes:
+        indices: int64, 1-D, strictly increasing flat row-major positions in θ.
+        values: as many trainable numbers.
+        shape: the shape of θ.
+
+    Before the support is chosen or loaded a delta is *pending*: it has no entries, or `indices` filled with -1 to
+    hold the place of those that a file will bring.
+    """
+
+    indices: Tensor
+
+    def __init__(self, shape: torch.Size, indices: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.shape = torch.Size(shape)
+        self.values = nn.Parameter(values)
+        self.register_buffer("indices", indices)
+        self._derived: dict[Any, tuple[Tensor, int, Any]] = {}
+
+    @classmethod
+    def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
+        """A pending delta for `parameter`, with room for `entries` entries."""
+        indices = torch.full((entries,), -1, dtype=torch.int64, device=parameter.device)
+        values = torch.zeros(entries, dtype=delta_dtype(parameter.dtype), device=parameter.device)
+        return cls(parameter.shape, indices, values)
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is no support yet."""
+        return bool(self.derive("pending", lambda indices: len(indices) == 0 or int(indices[0]) < 0))
+
+    def derive(self, key: Any, function: Callable[[Tensor], Any]) -> Any:
+        """`function(indices)`, kept until the support changes: loading, moving and re-choosing all change it."""
+        indices = self.indices
+        kept = self._derived.get(key)
+        if kept is None or (
+            not torch.compiler.is_compiling() and (kept[0] is not indices or kept[1] != indices._version)
+        ):
+            kept = (indices, indices._version, function(indices))
+            self._derived[key] = kept
+        return kept[2]
+
+    def checked_indices(self) -> Tensor:
+        """The support, checked once against the parameter: values may come from a file through any door.
+
+        Raises:
+            ValueError: if it is no support of a parameter of this shape.
+        """
+
+        def check(indices: Tensor) -> Tensor:
+            check_support(indices, self.shape.numel(), "parameter")
+            if len(indices) != len(self.values):
+                raise ValueError(f"a sparse delta has {len(indices)} indices but {len(self.values)} values.")
+            return indices
+
+        return self.derive("checked", check)
+
+    def changed(self, entries: Tensor) -> Tensor:
+        """θ[support] + values, in θ's dtype, for `entries` = θ.flatten()[indices]; the sum is in the values' dtype."""
+        return (entries.to(self.values.dtype) + self.values).to(entries.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}
+
+    def extra_repr(self) -> str:
+        return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"

@@ -1,0 +1,217 @@
+"""What the gradients of the mean loss did, accumulated over data, for any `nn.Module`, loader and loss."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+# A half-precision backward pass runs on a loss this many times larger, so that small gradients do not vanish; a
+# power of two, so that dividing by it again is exact.
+HALF_PRECISION_LOSS_SCALE = 2.0**10
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The mean loss of one batch, and over how many examples (target tokens) it is the mean."""
+
+    value: Tensor
+    samples: float
+
+
+@dataclass
+class GradientStatistics:
+    """Means over samples, per parameter.
+
+    Attributes:
+        tensors: statistic ("gradient", "squared_gradient") → parameter name → float32 tensor of its shape (float64
+            for float64 parameters).
+        samples, batches, seconds: extent of the pass.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    samples: float
+    batches: int
+    seconds: float
+
+
+def _add_gradient(into: Tensor, gradient: Tensor, weight: float, unscale: float) -> None:
+    into.add_(gradient, alpha=weight * unscale)
+
+
+def _add_squared_gradient(into: Tensor, gradient: Tensor, weight: float, unscale: float) -> None:
+    gradient = gradient.to(into.dtype)
+    into.addcmul_(gradient, gradient, value=weight * unscale * unscale)
+
+
+ACCUMULATE: dict[str, Callable[[Tensor, Tensor, float, float], None]] = {
+    "gradient": _add_gradient,
+    "squared_gradient": _add_squared_gradient,
+}
+
+
+def accumulate(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    batches: Iterable[Any],
+    loss: Callable[[Any], Loss],
+    *,
+    statistics: Iterable[str] = ("gradient",),
+    train_mode: bool = False,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    total: int | None = None,
+    progress: bool = True,
+) -> GradientStatistics:
+    """Run `loss` forward and backward over `batches` and accumulate statistics of the gradients of `parameters`.
+
+    With n_b the samples of batch b and g_b the gradient of its mean loss, N = Σ n_b:
+
+    * gradient = Σ n_b g_b / N, the gradient of the mean loss over all samples;
+    * squared_gradient = Σ n_b g_b² / N, a mean over micro-batches.
+
+    One parameter's dense gradient exists at a time on top of the accumulators. Afterwards, also after an error, all
+    requires_grad flags, train/eval modes, `.grad`s, hooks and random states are as before.
+
+    Args:
+        model: the module whose mode is set; eval unless `train_mode`.
+        parameters: name → leaf parameter of the model.
+        loss: batch → `Loss`; must run the model.
+        reduce: sums a tensor over processes; called once per accumulator, after the last batch.
+        total: number of batches, for the progress bar.
+
+    Raises:
+        ValueError: if there is no batch, or if no gradient reaches the parameters.
+        FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
+    """
+    start = time.perf_counter()
+    kinds = tuple(statistics)
+    sums = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
+    samples, number = 0.0, 0
+    scale = 1.0
+    checks: list[tuple[str, Tensor]] = []
+
+    def take(name: str, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        parameter.grad = None
+        assert gradient is not None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        checks.append((name, gradient.sum(dtype=torch.float32)))
+        for kind in kinds:
+            ACCUMULATE[kind](sums[kind][name], gradient, current.samples, 1.0 / scale)
+
+    with ExitStack() as stack:
+        stack.enter_context(_as_before(model, parameters, train_mode))
+        for name, parameter in parameters.items():
+            handle = parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+            stack.callback(handle.remove)
+        bar = stack.enter_context(
+            tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
+        )
+        for batch in batches:
+            with torch.enable_grad():
+                current = loss(batch)
+                _check_loss(current.value, number)
+                scale = _loss_scale(current.value, parameters.values())
+                (current.value * scale).backward()
+            _check_gradients(checks, sums, number)
+            checks.clear()
+            samples += current.samples
+            number += 1
+            bar.update()
+    if reduce is not None:
+        count = reduce(torch.tensor([samples, float(number)], dtype=torch.float64))
+        samples, number = float(count[0]), int(count[1])
+    if number == 0 or samples == 0:
+        raise ValueError(
+            f"the pass saw {number} batches with {samples:g} samples in all, so there is no gradient to select by: "
+            "give a loader that yields labelled batches."
+        )
+    for of_kind in sums.values():
+        for name, tensor in of_kind.items():
+            of_kind[name] = (tensor if reduce is None else reduce(tensor)).div_(samples)
+    if not any(bool(tensor.any()) for of_kind in sums.values() for tensor in of_kind.values()):
+        raise ValueError(
+            f"all gradients of the {len(parameters)} candidate parameters are zero: the loss does not reach them. "
+            "Check that the loss depends on the targeted modules' outputs (and that the head is not all zeros)."
+        )
+    return GradientStatistics(sums, samples, number, time.perf_counter() - start)
+
+
+def _accumulator(parameter: nn.Parameter) -> Tensor:
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+
+def _loss_scale(loss: Tensor, parameters: Iterable[nn.Parameter]) -> float:
+    autocast = torch.is_autocast_enabled(loss.device.type) and torch.get_autocast_dtype(loss.device.type)
+    half = autocast == torch.float16 or any(p.dtype == torch.float16 for p in parameters)
+    return HALF_PRECISION_LOSS_SCALE if half else 1.0
+
+
+def _check_loss(loss: Tensor, number: int) -> None:
+    if loss.numel() != 1:
+        raise ValueError(f"the loss of batch {number} has shape {tuple(loss.shape)}; expected one number, a mean.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {number} does not depend on the candidate parameters: it has no gradient. Check that "
+            "the loss is computed from the model's outputs and not detached."
+        )
+    if not bool(torch.isfinite(loss)):
+        raise FloatingPointError(f"the loss of batch {number} is {loss.item()}; nothing was selected.")
+
+
+def _check_gradients(checks: list[tuple[str, Tensor]], sums: Mapping[str, Mapping[str, Tensor]], number: int) -> None:
+    """One look at the device per batch: a NaN or infinite entry makes its tensor's sum so."""
+    if not checks:
+        return
+    finite = torch.stack([total.to(checks[0][1].device) for _, total in checks]).isfinite().tolist()
+    for (name, _), good in zip(checks, finite, strict=True):
+        if not good and any(not bool(of[name].isfinite().all()) for of in sums.values()):
+            raise FloatingPointError(
+                f"the gradient of {name!r} in batch {number} has NaN or infinite entries; nothing was selected."
+            )
+
+
+@contextmanager
+def _as_before(model: nn.Module, parameters: Mapping[str, nn.Parameter], train_mode: bool) -> Iterator[None]:
+    """Give only `parameters` gradients and set the mode; put everything back at the end."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    everything = {id(p): p for p in (*model.parameters(), *parameters.values())}.values()
+    flags = [(parameter, parameter.requires_grad) for parameter in everything]
+    grads = [(parameter, parameter.grad) for parameter in parameters.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    with _random_states():
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(id(parameter) in wanted)
+            for parameter, _ in grads:
+                parameter.grad = None
+            model.train(train_mode)
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, grad in grads:
+                parameter.grad = grad
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,321 @@
+"""A module plus its deltas.
+
+`SamLayer` is right for any module: it runs the module with its parameters replaced by θ + Δ. `SamLinear` replaces
+that by a cheaper product for linear layers. A new fast layer is one class and one row of `LAYERS`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
+from peft_sam.delta import SparseDelta, check_support, delta_dtype
+from peft_sam.ops import compose, sparse_linear
+from peft_sam.substitute import call_with
+
+# Standard deviation of the deltas that init_weights=False starts from.
+TEST_INIT_STD = 0.02
+
+# Children whose parameters a module reads without calling them: they are candidates of the module itself.
+READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
+
+# Separates child and parameter in the key of a delta; module names cannot hold a dot.
+SEPARATOR = "/"
+
+
+def _key(name: str) -> str:
+    return name.replace(".", SEPARATOR)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included."""
+    own = dict(module.named_parameters(recurse=False))
+    for child in READ_NOT_CALLED.get(type(module), ()):
+        own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
+    return own
+
+
+class PendingAdapterError(RuntimeError):
+    """An adapter is trained, saved or merged before its parameters are selected."""
+
+    def __init__(self, adapter_name: str, action: str) -> None:
+        argument = "" if adapter_name == "default" else f', adapter_name="{adapter_name}"'
+        super().__init__(
+            f"The SAM adapter {adapter_name!r} cannot be {action}: no parameters are selected yet. Add one line after "
+            "the trainer is made and before trainer.train():\n\n"
+            f"    peft_sam.select_parameters(trainer{argument})\n\n"
+            f"or, without a Trainer, peft_sam.select_parameters(model, dataloader{argument})."
+        )
+
+
+class SamLayer(nn.Module, BaseTunerLayer):
+    """Any module, run with θ + Δ in place of its parameters.
+
+    Attributes:
+        base_layer: the module; its parameters are never written, except by `merge`.
+        sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
+    """
+
+    adapter_layer_names = ("sam_sparse_delta",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.sam_sparse_delta = nn.ModuleDict()
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._original_bits: list[dict[str, Tensor]] = []
+        self._selecting = False
+        # name of a parameter that another layer owns too → that layer and its name there, where the delta lives
+        self._tied: dict[str, tuple[SamLayer, str]] = {}
+
+    # Adapters
+
+    def tie(self, name: str, owner: SamLayer, there: str) -> None:
+        """Take the deltas of parameter `name`, which `owner` owns as `there`, from that layer."""
+        self._tied[name] = (owner, there)
+
+    def update_layer(self, adapter_name: str, entries: Mapping[str, int], inference_mode: bool = False) -> None:
+        """Add pending deltas with room for so many entries per parameter: 0 while that is not known."""
+        own = self.parameters_below()
+        if adapter_name not in self.sam_sparse_delta:
+            self.sam_sparse_delta[adapter_name] = nn.ModuleDict()
+        for name, number in entries.items():
+            self.sam_sparse_delta[adapter_name][_key(name)] = SparseDelta.place_holder(own[name], number)  # type: ignore[operator]
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def drop(self, adapter_name: str, name: str) -> None:
+        """Remove the delta of one parameter."""
+        del self.sam_sparse_delta[adapter_name][_key(name)]  # type: ignore[operator]
+
+    def parameters_below(self) -> dict[str, nn.Parameter]:
+        """The parameters that deltas can change, by name relative to the innermost base layer."""
+        return own_parameters(self.get_base_layer())
+
+    def deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
+        if adapter_name not in self.sam_sparse_delta:
+            return {}
+        found = self.sam_sparse_delta[adapter_name].items()  # type: ignore[operator]
+        return {key.replace(SEPARATOR, "."): delta for key, delta in found}
+
+    def set_support(
+        self, adapter_name: str, supports: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Give the adapter its support, flat positions per parameter name; parameters not named lose their delta.
+
+        Values start at zero, or from `values`. Parameters whose support has the size it had keep their tensors, so
+        that an optimizer that holds them goes on.
+        """
+        old, deltas = self.deltas(adapter_name), nn.ModuleDict()
+        own = self.parameters_below()
+        trainable = adapter_name in self.active_adapters and not self._disable_adapters
+        for name, indices in supports.items():
+            parameter = own[name]
+            check_support(indices, parameter.numel(), name)
+            delta = old.get(name)
+            if delta is None or len(delta.indices) != len(indices) or delta.values.is_meta:
+                dtype = delta_dtype(parameter.dtype) if delta is None else delta.values.dtype
+                device = indices.device if parameter.is_meta else parameter.device
+                requires_grad = trainable if delta is None else delta.values.requires_grad
+                delta = SparseDelta(
+                    parameter.shape,
+                    indices.to(device, torch.int64, copy=True),
+                    torch.zeros(len(indices), dtype=dtype, device=device),
+                )
+                delta.values.requires_grad_(requires_grad)
+            else:
+                delta.indices.copy_(indices)
+            with torch.no_grad():
+                if values is None:
+                    delta.values.zero_()
+                else:
+                    delta.values.copy_(values[name])
+            deltas[_key(name)] = delta
+        self.sam_sparse_delta[adapter_name] = deltas
+
+    def reset_values(self, adapter_name: str, generator: torch.Generator) -> None:
+        """Small random deltas instead of zeros (`init_weights=False`)."""
+        for delta in self.deltas(adapter_name).values():
+            noise = torch.randn(len(delta.values), generator=generator) * TEST_INIT_STD
+            with torch.no_grad():
+                delta.values.copy_(noise)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # Only the device: PEFT's version would round the values to the base dtype on the way.
+        own = self.parameters_below()
+        for name, delta in self.deltas(adapter_name).items():
+            if not delta.values.is_meta:
+                delta.to(device or own[name].device)
+
+    # Forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(*args, **kwargs)
+        changes = {} if self.merged else self._active_deltas()
+        if not changes:
+            return self.base_layer(*args, **kwargs)
+        return self._forward_with(changes, *args, **kwargs)
+
+    def _active_deltas(self) -> dict[str, list[SparseDelta]]:
+        """The deltas of the active adapters by parameter name, in the order of activation."""
+        changes: dict[str, list[SparseDelta]] = {}
+        for adapter_name in self.active_adapters:
+            for name, delta in (self.deltas(adapter_name) | self._tied_deltas(adapter_name)).items():
+                if not delta.pending:
+                    changes.setdefault(name, []).append(delta)
+                elif self.training and torch.is_grad_enabled() and not self._selecting:
+                    raise PendingAdapterError(adapter_name, "trained")
+        return changes
+
+    def _tied_deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
+        found = {
+            name: owner.deltas(adapter_name).get(there)
+            for name, (owner, there) in self._tied.items()
+            if adapter_name not in owner.merged_adapters
+        }
+        return {name: delta for name, delta in found.items() if delta is not None}
+
+    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+        own, prefix = self.parameters_below(), self._path_to_innermost()
+        composed = {prefix + name: compose(own[name], deltas) for name, deltas in changes.items()}
+        return call_with(self.base_layer, composed, args, kwargs)
+
+    def _path_to_innermost(self) -> str:
+        """The path from `base_layer` to the innermost one, when another tuner's layer lies between."""
+        path, module = "", self.base_layer
+        while hasattr(module, "base_layer"):
+            path, module = f"{path}base_layer.", module.base_layer
+        return path
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write θ + Δ into the base parameters, keeping the original bits of the entries that change.
+
+        Raises:
+            ValueError: with `safe_merge`, if an entry would not be finite; nothing is written then.
+        """
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.sam_sparse_delta:
+                continue
+            own, changed, original = self.parameters_below(), {}, {}
+            for name, delta in self.deltas(adapter_name).items():
+                if delta.pending:
+                    raise PendingAdapterError(adapter_name, "merged")
+                original[name] = own[name].detach().take(delta.checked_indices())
+                changed[name] = delta.changed(original[name]).detach()
+                if safe_merge and not torch.isfinite(changed[name]).all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                    )
+            for name, entries in changed.items():
+                self._write(adapter_name, name, entries)
+            self._original_bits.append(original)
+            self.merged_adapters.append(adapter_name)
+
+    def unmerge(self) -> None:
+        """Put the original bits back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            for name, entries in self._original_bits.pop().items():
+                self._write(adapter_name, name, entries)
+
+    def _write(self, adapter_name: str, name: str, entries: Tensor) -> None:
+        parameter = self.parameters_below()[name]
+        with torch.no_grad():
+            parameter.put_(self.deltas(adapter_name)[name].indices, entries.to(parameter.device, parameter.dtype))
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The module without its deltas, merged or not, at every depth (PEFT's hook for unloading)."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        elif self.merged:
+            self.unmerge()
+        base = self.get_base_layer()
+        for name, inner in list(base.named_modules()):
+            if isinstance(inner, SamLayer):
+                bare = inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+                parent, _, child = name.rpartition(".")
+                setattr(base.get_submodule(parent), child, bare)
+        return base
+
+    # Looks
+
+    def __getattr__(self, name: str) -> Any:
+        # Model code reads attributes of its modules (`embed.padding_idx`, `experts.num_experts`) and looks up their
+        # children; private names stay private, since hooks keep their state there.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def __repr__(self) -> str:
+        return "sam_sparse." + super().__repr__()
+
+
+class SamLinear(SamLayer):
+    """`nn.Linear` or transformers' `Conv1D`, by `sparse_linear` where the weight is plain and nobody watches."""
+
+    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+        base = self.base_layer
+        if not changes.keys() & {"weight"} or len(args) != 1 or kwargs or not _is_bare(base):
+            return super()._forward_with(changes, *args, **kwargs)
+        (x,) = args
+        bias = base.bias
+        if bias is not None and "bias" in changes:
+            bias = compose(bias, changes["bias"])
+        if x.ndim < 2:
+            return super()._forward_with(changes, *args, **kwargs)
+        return sparse_linear(x, base.weight, bias, changes["weight"], isinstance(base, Conv1D))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` does no more than its class's forward with a frozen weight: no hooks, no patches."""
+    return not (
+        module.weight.requires_grad
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+# forward function of a class of modules → the layer that computes the same faster
+LAYERS: dict[Any, type[SamLayer]] = {nn.Linear.forward: SamLinear, Conv1D.forward: SamLinear}
+
+
+def make_layer(module: nn.Module) -> SamLayer:
+    """The layer for `module`: the fast one if its forward is known, else the generic one."""
+    return LAYERS.get(type(module).forward, SamLayer)(module)
+
+
+@contextmanager
+def selecting(layers: Iterator[SamLayer] | list[SamLayer]) -> Iterator[None]:
+    """Let pending adapters run in train mode, for the pass that selects their parameters."""
+    layers = list(layers)
+    for layer in layers:
+        layer._selecting = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._selecting = False

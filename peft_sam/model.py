@@ -1,0 +1,237 @@
+"""A network plus its layers: PEFT's tuner for SAM sparse adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from peft_sam._peft import BaseTuner, BaseTunerLayer
+from peft_sam.checkpoint import read_file, sam_layers, to_file
+from peft_sam.config import SamConfig
+from peft_sam.delta import SparseDelta
+from peft_sam.layer import SamLayer, make_layer, own_parameters
+from peft_sam.selection import Selection
+from peft_sam.targets import base_name, resolve_targets
+from peft_sam.ties import tie
+
+
+class SamModel(BaseTuner):
+    """A base model with SAM sparse adapters, made by `get_peft_model(model, SamConfig(...))`.
+
+    Attributes:
+        chooser: selects for scores that need no data, from candidates and config. Handed in by the package, since
+            how to choose is not the tuner's matter.
+    """
+
+    prefix: str = "sam_sparse_"
+    tuner_layer_cls = SamLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    chooser: ClassVar[Callable[[Mapping[str, Tensor], SamConfig], Selection]]
+
+    def sparse_deltas(self, adapter_name: str = "default") -> dict[str, SparseDelta]:
+        """The deltas of an adapter: parameter name in the unwrapped base model → indices, values, shape.
+
+        Empty while the adapter is pending.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+        found = deltas_of(self.model, adapter_name)
+        return {name: delta for name, delta in found.items() if not delta.pending}
+
+    # Injection. What is called on `SamModel` rather than on `self` also runs inside PEFT's MixedModel.
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._trainable_before = [p for p in model.parameters() if p.requires_grad]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            SamModel.finish_injection(self, model, adapter_name)
+        except BaseException:
+            self.withdraw(adapter_name)
+            raise
+
+    def finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        """Tie layers that share a parameter; select where the score needs no data and no file is awaited."""
+        config = self.peft_config[adapter_name]
+
+        def wrap(name: str) -> SamLayer:
+            module = model.get_submodule(name)
+            if not isinstance(module, SamLayer):
+                module = SamModel._wrap(
+                    self, model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
+                )
+                module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            return module
+
+        tie(model, adapter_name, wrap, config.counts)
+        if config.selection is None and not config.needs_data:
+            selection = SamModel.chooser(candidates_of(model, adapter_name), config)
+            apply_selection(model, adapter_name, selection)
+
+    def awaits_file(self, adapter_name: str) -> bool:
+        """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
+        pending = any(delta.pending for delta in deltas_of(self.model, adapter_name).values())
+        return pending and self.peft_config[adapter_name].selection is not None
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take out an adapter whose injection or loading failed; the model is as it was before."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+            return
+        self.unload()
+        for parameter in self._trainable_before:
+            parameter.requires_grad_(True)
+
+    def _prepare_adapter_config(self, peft_config: SamConfig, model_config: dict[str, Any]) -> SamConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SamConfig, model: nn.Module) -> None:
+        resolve_targets(peft_config, model)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SamConfig) -> None:
+        """Nothing to warn about: a tied parameter has one delta, which all its uses see."""
+
+    def _check_merge_allowed(self) -> None:
+        """Always, for the same reason."""
+
+    def _create_and_replace(
+        self,
+        peft_config: SamConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        own = own_parameters(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+        if not own:
+            return
+        key = base_name(current_key)
+        entries = _entries({f"{key}.{name}": parameter for name, parameter in own.items()}, peft_config.counts)
+        layer = target if isinstance(target, SamLayer) else SamModel._wrap(self, parent, target_name, target)
+        layer.update_layer(
+            adapter_name,
+            {name.removeprefix(f"{key}."): number for name, number in entries.items()},
+            inference_mode=peft_config.inference_mode,
+        )
+
+    def _wrap(self, parent: nn.Module, name: str, module: nn.Module) -> SamLayer:
+        layer = make_layer(module)
+        if isinstance(parent, SamLayer):  # a nested target, whose parent was wrapped a moment ago
+            parent = parent.get_base_layer()
+        self._replace_module(parent, name, layer, module)
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Values are float32 on a half-precision base from the start; only the opposite wish needs work.
+        if autocast_adapter_dtype:
+            return
+        for layer in sam_layers(self.model).values():
+            own = layer.parameters_below()
+            for name, delta in layer.deltas(adapter_name).items():
+                delta.to(own[name].dtype)
+
+    # Files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SamConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return to_file(state, sam_layers(model), adapter_name)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        before, found, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        return (
+            f"{before}.sam_sparse_delta.{after}" if found else super()._remove_adapter_name_from_key(key, adapter_name)
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SamConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's deltas, then put them in the layers with the sizes that the file has."""
+        layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
+        awaited = any(delta.pending for layer in layers.values() for delta in layer.deltas(adapter_name).values())
+        found = read_file(state_dict, layers, adapter_name, config.counts if awaited else None)
+        for name, layer in layers.items():
+            parts = found.get(name, {})
+            layer.set_support(
+                adapter_name,
+                {key: indices for key, (indices, _) in parts.items()},
+                {key: values for key, (_, values) in parts.items()},
+            )
+        counts = {f"{module}.{key}": len(i) for module, parts in found.items() for key, (i, _) in parts.items()}
+        if config.counts != counts:
+            config.selection = {"k": sum(counts.values()), "counts": counts}
+        rest = {key: tensor for key, tensor in state_dict.items() if ".sam_sparse_delta." not in key}
+        loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded
+
+
+def _entries(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> dict[str, int]:
+    """Room to make per parameter: none while the counts are unknown, else the counts, checked before memory is taken."""
+    if counts is None:
+        return dict.fromkeys(parameters, 0)
+    known = {name: counts[name] for name in parameters if name in counts}
+    for name, number in known.items():
+        if number > parameters[name].numel():
+            raise ValueError(
+                f"adapter_config.json announces {number} entries for {name!r}, which has {parameters[name].numel()}: "
+                "the adapter was made for another base model, or the file is damaged."
+            )
+    return known
+
+
+def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
+    """All deltas of an adapter, pending ones included, by parameter name in the unwrapped base model."""
+    return {
+        f"{module}.{name}": delta
+        for module, layer in sam_layers(model).items()
+        for name, delta in layer.deltas(adapter_name).items()
+    }
+
+
+def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The base parameters that a pending adapter can change, by name, in the base model's order."""
+    return {
+        f"{module}.{name}": layer.parameters_below()[name]
+        for module, layer in sam_layers(model).items()
+        for name in layer.deltas(adapter_name)
+    }
+
+
+def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -> None:
+    """Give a pending adapter the support of `selection`, with deltas of zero.
+
+    Raises:
+        ValueError: if the selection was made for other candidates; names the first difference.
+    """
+    candidates = {name: parameter.shape for name, parameter in candidates_of(model, adapter_name).items()}
+    for name in [*candidates, *selection.shapes]:
+        here, there = candidates.get(name), selection.shapes.get(name)
+        if here != there:
+            raise ValueError(
+                f"the selection was made for another base model or other targets: {name!r} "
+                + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
+                + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
+            )
+    config = model.peft_config[adapter_name]
+    generator = torch.Generator().manual_seed(config.seed)
+    for module, layer in sam_layers(model).items():
+        names = list(layer.deltas(adapter_name))
+        layer.set_support(
+            adapter_name,
+            {name: found for name in names if len(found := selection.indices[f"{module}.{name}"])},
+        )
+        if not config.init_weights:
+            layer.reset_values(adapter_name, generator)
+    config.selection = selection.summary()

@@ -1,0 +1,70 @@
+"""Scores: what an entry of a parameter is worth.
+
+A score is a pure, elementwise function whose argument names say what it needs, out of
+
+* `weight`            θ⁰, the entry's pretrained value;
+* `gradient`          g = ∂L/∂θ at θ⁰, L the *mean* loss over the examples;
+* `squared_gradient`  the mean over micro-batches b of g_b², weighted by their sizes;
+* `noise`             a seeded uniform number in [0, 1).
+
+It returns a non-negative tensor of the same shape; the k entries with the largest values are selected. A new score
+is one function and one row of `SCORES`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# What the pass over the data accumulates; the other inputs of a score need no data.
+DATA_INPUTS = ("gradient", "squared_gradient")
+
+
+def sam(gradient: Tensor) -> Tensor:
+    """|g|, which orders entries as g² does: the score of SAM, Fu et al. 2022 (arXiv 2211.15583), Theorem 3.
+
+    g is the gradient of the mean loss, so g² = (mean gradient)², not the mean of squared gradients. The square is
+    left out because it would only round, underflow and overflow; a threshold τ here is a threshold τ² on g².
+    """
+    return gradient.abs()
+
+
+def fisher(squared_gradient: Tensor) -> Tensor:
+    """Mean of g_b² over micro-batches b: the diagonal of the empirical Fisher information over micro-batches.
+
+    g_b is the gradient of the mean loss of one batch as the loader gives it. With batch size 1 this is the
+    empirical Fisher diagonal over examples (the mask of FISH, Sung et al. 2021, arXiv 2111.09839).
+    """
+    return squared_gradient
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """|θ⁰|: the largest pretrained weights ("MagPruning" in Fu et al. 2022, after Han et al. 2015)."""
+    return weight.abs()
+
+
+def random(noise: Tensor) -> Tensor:
+    """A seeded uniform number: a random mask, the same on every device and for every process count."""
+    return noise
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of the table: the function of a score and the inputs that it needs."""
+
+    function: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The inputs that come from data; empty for a score that selects without data."""
+        return tuple(name for name in self.inputs if name in DATA_INPUTS)
+
+
+SCORES: dict[str, Score] = {
+    function.__name__: Score(function, tuple(inspect.signature(function).parameters))
+    for function in (sam, fisher, magnitude, random)
+}

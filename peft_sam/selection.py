@@ -1,0 +1,120 @@
+"""`Selection`: which entries of which parameters were chosen, and where that came from."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+METADATA_KEY = "peft_sam.selection"
+
+
+@dataclass
+class Selection:
+    """The support of a sparse adapter over all candidate parameters.
+
+    Attributes:
+        indices: candidate parameter name → its selected flat row-major positions (int64, strictly increasing, CPU),
+            in the order of the base model's `named_parameters()`; empty where nothing was selected.
+        shapes: candidate parameter name → shape; the m candidate entries.
+        score, budget, density: as in `SamConfig`.
+        threshold: the smallest selected score ("global"), or the smallest of the tensors' thresholds ("tensor").
+        samples: examples (target tokens for language models) whose mean loss was differentiated; 0 without data.
+        batches, seconds: extent of the pass over the data.
+    """
+
+    indices: dict[str, Tensor]
+    shapes: dict[str, torch.Size]
+    score: str
+    budget: str
+    density: float
+    threshold: float
+    samples: float = 0.0
+    batches: int = 0
+    seconds: float = 0.0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Selected entries per parameter, of those that have any."""
+        return {name: len(indices) for name, indices in self.indices.items() if len(indices)}
+
+    @property
+    def k(self) -> int:
+        """Number of selected entries."""
+        return sum(self.counts.values())
+
+    @property
+    def m(self) -> int:
+        """Number of candidate entries."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def summary(self) -> dict[str, Any]:
+        """What goes into adapter_config.json: everything but the positions."""
+        return {
+            "k": self.k,
+            "m": self.m,
+            "threshold": self.threshold,
+            "samples": self.samples,
+            "batches": self.batches,
+            "seconds": round(self.seconds, 3),
+            "counts": self.counts,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.k:,} of {self.m:,} entries (density {self.density:g}, budget {self.budget!r}), score "
+            f"{self.score!r} >= {self.threshold:.3g}",
+        ]
+        if self.batches:
+            lines.append(f"from {self.samples:,.0f} samples in {self.batches} batches, {self.seconds:.1f} s")
+        counts = self.counts
+        width = max((len(name) for name in counts), default=0)
+        for name in sorted(counts, key=lambda name: -counts[name])[:10]:
+            share = counts[name] / self.shapes[name].numel()
+            lines.append(f"  {name:<{width}} {counts[name]:>10,}  {share:8.3%}")
+        if len(counts) > 10:
+            lines.append(f"  ... {len(counts) - 10} more parameters")
+        if untouched := len(self.shapes) - len(counts):
+            lines.append(f"  no entry in {untouched} of {len(self.shapes)} candidate parameters")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"Selection(k={self.k}, m={self.m}, score={self.score!r}, budget={self.budget!r})"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the selection to one safetensors file."""
+        about = {
+            key: getattr(self, key)
+            for key in ("score", "budget", "density", "threshold", "samples", "batches", "seconds")
+        }
+        about["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
+        save_file({n: i.contiguous() for n, i in self.indices.items()}, path, {METADATA_KEY: json.dumps(about)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Selection:
+        """Read a selection that `save` wrote.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is damaged or is no selection.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no selection file at {os.fspath(path)!r}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})[METADATA_KEY])
+                shapes = {name: torch.Size(shape) for name, shape in about.pop("shapes").items()}
+                indices = {name: file.get_tensor(name) for name in shapes}
+            selection = cls(indices, shapes, **about)
+        except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{os.fspath(path)!r} is not a selection file, or a damaged one ({type(error).__name__}: {error}); "
+                "expected a file written by Selection.save."
+            ) from error
+        return selection
