@@ -15,7 +15,7 @@ Importing the package registers the PEFT type SAM_SPARSE:
 
 from peft_sam import _peft
 from peft_sam.card import complete_card
-from peft_sam.choose import choose
+from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
 from peft_sam.gradients import GradientStatistics, Loss, accumulate

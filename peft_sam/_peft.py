@@ -31,7 +31,6 @@ try:
     from peft.tuners.tuners_utils import (
         BaseTuner,
         BaseTunerLayer,
-        _maybe_include_all_linear_layers,
         check_adapters_to_merge,
         check_target_module_exists,
     )
@@ -50,11 +49,9 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
     "check_target_module_exists",
-    "include_all_linear_layers",
     "register",
 ]
 
-include_all_linear_layers = _maybe_include_all_linear_layers
 # A reloaded module finds its own wrappers in place and unwraps them.
 _write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
 _load_adapter = inspect.unwrap(PeftModel.load_adapter)

@@ -86,9 +86,9 @@ class SamConfig(PeftConfig):
     def _check(self) -> None:
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
             raise ValueError(f"density is the share of entries to train, 0 < density <= 1; got {self.density!r}.")
-        if self.score not in SCORES:
+        if not isinstance(self.score, str) or self.score not in SCORES:
             raise ValueError(f"score must be one of {sorted(SCORES)}; got {self.score!r}.")
-        if self.budget not in BUDGETS:
+        if not isinstance(self.budget, str) or self.budget not in BUDGETS:
             raise ValueError(f"budget must be one of {list(BUDGETS)}; got {self.budget!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a non-negative integer; got {self.seed!r}.")

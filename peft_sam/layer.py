@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
-from peft_sam.delta import SparseDelta, check_support, delta_dtype
+from peft_sam.delta import SparseDelta, delta_dtype
 from peft_sam.ops import compose, sparse_linear
 from peft_sam.substitute import call_with
+from peft_sam.support import check_support
 
 # Standard deviation of the deltas that init_weights=False starts from.
 TEST_INIT_STD = 0.02

@@ -68,7 +68,7 @@ class SamModel(BaseTuner):
         tie(model, adapter_name, wrap, config.counts)
         if config.selection is None and not config.needs_data:
             selection = SamModel.chooser(candidates_of(model, adapter_name), config)
-            apply_selection(model, adapter_name, selection)
+            apply_selection(model, adapter_name, config, selection)
 
     def awaits_file(self, adapter_name: str) -> bool:
         """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
@@ -119,10 +119,13 @@ class SamModel(BaseTuner):
 
     def _wrap(self, parent: nn.Module, name: str, module: nn.Module) -> SamLayer:
         layer = make_layer(module)
-        if isinstance(parent, SamLayer):  # a nested target, whose parent was wrapped a moment ago
-            parent = parent.get_base_layer()
         self._replace_module(parent, name, layer, module)
         return layer
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Deltas are made on their parameter's device, so there is nothing to move; a nested target has a parent
+        # that was wrapped a moment ago.
+        setattr(parent.get_base_layer() if isinstance(parent, SamLayer) else parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Values are float32 on a half-precision base from the start; only the opposite wish needs work.
@@ -209,7 +212,7 @@ def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter
     }
 
 
-def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -> None:
+def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, selection: Selection) -> None:
     """Give a pending adapter the support of `selection`, with deltas of zero.
 
     Raises:
@@ -224,7 +227,6 @@ def apply_selection(model: nn.Module, adapter_name: str, selection: Selection) -
                 + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
                 + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
             )
-    config = model.peft_config[adapter_name]
     generator = torch.Generator().manual_seed(config.seed)
     for module, layer in sam_layers(model).items():
         names = list(layer.deltas(adapter_name))

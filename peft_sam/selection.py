@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peft_sam.support import check_support
+
 METADATA_KEY = "peft_sam.selection"
 
 
@@ -107,14 +109,29 @@ class Selection:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no selection file at {os.fspath(path)!r}")
         try:
+            about = json.loads(read_metadata(path))
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})[METADATA_KEY])
                 shapes = {name: torch.Size(shape) for name, shape in about.pop("shapes").items()}
                 indices = {name: file.get_tensor(name) for name in shapes}
             selection = cls(indices, shapes, **about)
-        except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, json.JSONDecodeError) as error:
+            numbers = (selection.density, selection.threshold, selection.samples, selection.batches, selection.seconds)
+            if not all(isinstance(number, (int, float)) for number in numbers):
+                raise TypeError(f"expected numbers, got {numbers}")
+        except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a selection file, or a damaged one ({type(error).__name__}: {error}); "
                 "expected a file written by Selection.save."
             ) from error
+        for name, support in indices.items():
+            check_support(support, shapes[name].numel(), name)
         return selection
+
+
+def read_metadata(path: str | os.PathLike[str]) -> str:
+    """What a selection file says about itself, as JSON.
+
+    Raises:
+        KeyError: if it says nothing.
+    """
+    with safe_open(path, framework="pt") as file:
+        return (file.metadata() or {})[METADATA_KEY]

@@ -20,7 +20,7 @@ from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from peft_sam.checkpoint import sam_layers
-from peft_sam.choose import choose
+from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
 from peft_sam.gradients import Loss, accumulate
 from peft_sam.layer import selecting
@@ -113,7 +113,7 @@ def select_parameters(
         selection = choose_for(candidates, config, statistics)
         for key, value in about.items():
             setattr(selection, key, value)
-    apply_selection(model, adapter_name, selection)
+    apply_selection(model, adapter_name, config, selection)
     return selection
 
 

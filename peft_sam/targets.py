@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, NoMatchingPeftModuleError, check_target_module_exists
 from peft_sam.config import SamConfig
-from peft_sam.layer import own_parameters
+from peft_sam.layer import READ_NOT_CALLED, own_parameters
 
 
 def base_name(name: str) -> str:
@@ -23,22 +23,21 @@ def base_name(name: str) -> str:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Names in `model` and modules of the base model, seen through tuner layers; without the root.
 
-    A child that its parent reads without calling it belongs to the parent and is left out.
+    A child whose parameters its parent reads without calling it belongs to the parent and is left out.
     """
-    skipped: list[str] = []
-    for name, module in model.named_modules():
-        if not name or name.startswith(tuple(skipped)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            skipped += [f"{name}.{child}." for child, _ in module.named_children() if child != "base_layer"]
-            skipped += [f"{name}.{child}" for child, _ in module.named_children() if child != "base_layer"]
-            module = module.get_base_layer()
-        elif name.endswith(".base_layer") or name == "base_layer":
-            continue
-        own = {id(p) for p in module.parameters(recurse=False)}
-        read = {n.partition(".")[0] for n, p in own_parameters(module).items() if id(p) not in own}
-        skipped += [f"{name}.{child}" for child in read]
-        yield name, module
+    seen: set[int] = set()
+
+    def below(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            here = inside = f"{path}{name}"
+            while isinstance(child, BaseTunerLayer):
+                child, inside = child.base_layer, f"{inside}.base_layer"
+            if id(child) not in seen and name not in READ_NOT_CALLED.get(type(module), ()):
+                seen.add(id(child))
+                yield here, child
+                yield from below(child, f"{inside}.")
+
+    return below(model, "")
 
 
 def resolve_targets(config: SamConfig, model: nn.Module) -> None:
@@ -93,6 +92,8 @@ def _all_linear(modules: dict[str, nn.Module], model: nn.Module, keep_head: bool
 def _in_layers(config: SamConfig, name: str) -> bool:
     if config.layers_to_transform is None:
         return True
+    if "." not in name:
+        return False
     # PEFT applies layers_to_transform to name endings only, not to full names
     probe = copy.copy(config)
     probe.target_modules = {name.rpartition(".")[2]}  # type: ignore[assignment]

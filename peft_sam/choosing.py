@@ -78,7 +78,8 @@ class _ChunkedScores:
 
     def __init__(self, score: str, name: str, parameter: Tensor, statistics: Mapping[str, Tensor], seed: int) -> None:
         self.row, self.name, self.numel = SCORES[score], name, parameter.numel()
-        self.seed = (seed << 32) ^ zlib.crc32(name.encode())
+        # the CPU generator reads 32 bits of its seed
+        self.seed = zlib.crc32(f"{seed} {name}".encode())
         sources = {"weight": parameter, **statistics}
         self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind != "noise"}
         for kind, tensor in self.sources.items():
