@@ -68,7 +68,7 @@ def _add_member(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    member.__objclass__ = PeftType  # type: ignore[attr-defined]
+    member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -98,7 +98,7 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
     """Put a `MixedModel` in place that knows one method more; PEFT's own has its list written out in code."""
 
     class MixedModel(mixed.MixedModel):
-        def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:  # type: ignore[override]
+        def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
             if isinstance(peft_config, config_cls):
                 return peft_config
             return super()._prepare_adapter_config(peft_config, model_config)
@@ -147,8 +147,8 @@ def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None])
             self.create_or_update_model_card(str(working_dir))
         return super(PeftModel, self)._upload_modified_files(working_dir, *args, **kwargs)
 
-    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
-    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign]
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files
 
 
 def _register_loading(config_cls: type) -> None:
@@ -173,4 +173,4 @@ def _register_loading(config_cls: type) -> None:
                     ) from error
             raise
 
-    PeftModel.load_adapter = load_adapter  # type: ignore[method-assign]
+    PeftModel.load_adapter = load_adapter

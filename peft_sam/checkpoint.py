@@ -31,6 +31,12 @@ def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
     }
 
 
+def modules_in(state: Mapping[str, Tensor]) -> set[str]:
+    """The names of the modules that a state dict has deltas for."""
+    matches = (KEY.match(key) for key in state)
+    return {base_name(match["module"]).removeprefix(PEFT_PREFIX) for match in matches if match}
+
+
 def to_file(state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str) -> dict[str, Tensor]:
     """The adapter's entries of a state dict as they are written.
 

@@ -83,4 +83,5 @@ class SparseDelta(nn.Module):
         return {**self.__dict__, "_derived": {}}
 
     def extra_repr(self) -> str:
+        """What a printed model shows."""
         return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"

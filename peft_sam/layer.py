@@ -7,7 +7,7 @@ that by a cheaper product for linear layers. A new fast layer is one class and o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,6 +159,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
     # Forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base module's output with θ + Σ Δ over the active adapters; without Δ if merged or disabled."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -194,7 +195,8 @@ class SamLayer(nn.Module, BaseTunerLayer):
 
     def _path_to_innermost(self) -> str:
         """The path from `base_layer` to the innermost one, when another tuner's layer lies between."""
-        path, module = "", self.base_layer
+        path = ""
+        module: Any = self.base_layer
         while hasattr(module, "base_layer"):
             path, module = f"{path}base_layer.", module.base_layer
         return path
@@ -276,7 +278,7 @@ class SamLinear(SamLayer):
     """`nn.Linear` or transformers' `Conv1D`, by `sparse_linear` where the weight is plain and nobody watches."""
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
-        base = self.base_layer
+        base: Any = self.base_layer
         if not changes.keys() & {"weight"} or len(args) != 1 or kwargs or not _is_bare(base):
             return super()._forward_with(changes, *args, **kwargs)
         (x,) = args
@@ -310,7 +312,7 @@ def make_layer(module: nn.Module) -> SamLayer:
 
 
 @contextmanager
-def selecting(layers: Iterator[SamLayer] | list[SamLayer]) -> Iterator[None]:
+def selecting(layers: Iterable[SamLayer]) -> Iterator[None]:
     """Let pending adapters run in train mode, for the pass that selects their parameters."""
     layers = list(layers)
     for layer in layers:

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_sam._peft import BaseTuner, BaseTunerLayer
-from peft_sam.checkpoint import read_file, sam_layers, to_file
+from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer, make_layer, own_parameters
 from peft_sam.selection import Selection
-from peft_sam.targets import base_name, resolve_targets
+from peft_sam.targets import base_modules, base_name, resolve_targets
 from peft_sam.ties import tie
 
 
@@ -43,9 +44,22 @@ class SamModel(BaseTuner):
 
     # Injection. What is called on `SamModel` rather than on `self` also runs inside PEFT's MixedModel.
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._trainable_before = [p for p in model.parameters() if p.requires_grad]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, then `finish_injection`; the model is as before if that fails.
+
+        With `state_dict` its keys say which modules are adapted, whatever the config targets.
+        """
+        self._trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        if state_dict is not None:
+            self.peft_config[adapter_name].target_modules = modules_in(state_dict)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         try:
             SamModel.finish_injection(self, model, adapter_name)
         except BaseException:
@@ -53,8 +67,9 @@ class SamModel(BaseTuner):
             raise
 
     def finish_injection(self, model: nn.Module, adapter_name: str) -> None:
-        """Tie layers that share a parameter; select where the score needs no data and no file is awaited."""
+        """Reach the nested targets, tie shared parameters, select if the score needs no data and no file is awaited."""
         config = self.peft_config[adapter_name]
+        SamModel._inject_nested(self, model, adapter_name)
 
         def wrap(name: str) -> SamLayer:
             module = model.get_submodule(name)
@@ -70,19 +85,35 @@ class SamModel(BaseTuner):
             selection = SamModel.chooser(candidates_of(model, adapter_name), config)
             apply_selection(model, adapter_name, config, selection)
 
+    def _inject_nested(self, model: nn.Module, adapter_name: str) -> None:
+        """Adapt targets inside a module that an earlier adapter wrapped; PEFT does not look inside its layers."""
+        config = self.peft_config[adapter_name]
+        for name, _ in list(base_modules(model)):
+            layer = model.get_submodule(name)
+            reached = isinstance(layer, SamLayer) and adapter_name in layer.sam_sparse_delta
+            if ".base_layer." in name and not reached and check_target_module_exists(config, base_name(name)):
+                path, child = name.rpartition(".")[::2]
+                SamModel._create_and_replace(
+                    self, config, adapter_name, layer, child, model.get_submodule(path), current_key=name
+                )
+                self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     def awaits_file(self, adapter_name: str) -> bool:
         """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
-        pending = any(delta.pending for delta in deltas_of(self.model, adapter_name).values())
-        return pending and self.peft_config[adapter_name].selection is not None
+        return self.peft_config[adapter_name].selection is not None and not _has_support(self.model, adapter_name)
 
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter whose injection or loading failed; the model is as it was before."""
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
             return
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), child, module.original_module)
         self.unload()
-        for parameter in self._trainable_before:
-            parameter.requires_grad_(True)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(name in self._trainable_before)
 
     def _prepare_adapter_config(self, peft_config: SamConfig, model_config: dict[str, Any]) -> SamConfig:
         return peft_config
@@ -163,8 +194,8 @@ class SamModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check a file's deltas, then put them in the layers with the sizes that the file has."""
         layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
-        awaited = any(delta.pending for layer in layers.values() for delta in layer.deltas(adapter_name).values())
-        found = read_file(state_dict, layers, adapter_name, config.counts if awaited else None)
+        counts = None if _has_support(model, adapter_name) else config.counts
+        found = read_file(state_dict, layers, adapter_name, counts)
         for name, layer in layers.items():
             parts = found.get(name, {})
             layer.set_support(
@@ -181,7 +212,7 @@ class SamModel(BaseTuner):
 
 
 def _entries(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> dict[str, int]:
-    """Room to make per parameter: none while the counts are unknown, else the counts, checked before memory is taken."""
+    """Room to make per parameter: none while the counts are unknown, else the counts, if the parameter holds them."""
     if counts is None:
         return dict.fromkeys(parameters, 0)
     known = {name: counts[name] for name in parameters if name in counts}
@@ -201,6 +232,10 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
         for module, layer in sam_layers(model).items()
         for name, delta in layer.deltas(adapter_name).items()
     }
+
+
+def _has_support(model: nn.Module, adapter_name: str) -> bool:
+    return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
 
 
 def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:

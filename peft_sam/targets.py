@@ -53,8 +53,9 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> None:
     if wanted is None or wanted in ("all", "all-linear"):
         chosen = _all_linear(modules, model, keep_head=wanted is not None) if wanted != "all" else list(modules)
         names = {name for name in chosen if own_parameters(modules[name])}
-        config.target_modules = {name for name in names if _in_layers(config, name)}  # type: ignore[assignment]
-        matched = [name for name in config.target_modules if check_target_module_exists(config, name)]
+        names = {name for name in names if _in_layers(config, name)}
+        config.target_modules = names  # type: ignore[assignment]
+        matched = [name for name in names if check_target_module_exists(config, name)]
     else:
         matched = [name for name in modules if check_target_module_exists(config, base_name(name))]
         if not isinstance(wanted, str):

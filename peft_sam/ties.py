@@ -20,6 +20,7 @@ class Place(NamedTuple):
 
     @property
     def base_name(self) -> str:
+        """The parameter's full name at this place, in the unwrapped base model."""
         return f"{base_name(self.module)}.{self.parameter}"
 
 

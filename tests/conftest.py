@@ -1,4 +1,4 @@
-"""Fixtures and settings for all tests: one seed each, two threads, no hub."""
+"""Fixtures and settings for all tests: one seed each, one thread, no hub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["hub"]
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny
 
 
 @pytest.fixture(autouse=True)

@@ -47,10 +47,7 @@ def test_transformers_own_samconfig_is_not_shadowed() -> None:
 
 
 def test_a_moved_private_name_of_peft_fails_with_the_supported_range() -> None:
-    code = (
-        "import peft.tuners.tuners_utils as t; del t.check_adapters_to_merge\n"
-        "import peft_sam"
-    )
+    code = "import peft.tuners.tuners_utils as t; del t.check_adapters_to_merge\nimport peft_sam"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "peft_sam supports peft>=" in done.stderr

@@ -1,0 +1,53 @@
+"""Laws of the house: imports go down, the wings do not know each other, private names use one door."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import peft_sam
+
+PACKAGE = Path(peft_sam.__file__).parent
+
+# From the ground up; a file imports only from floors below its own. The two wings share no floor.
+GROUND = ["_peft", "support", "scores", "selection", "config"]
+CHOOSING = ["threshold", "gradients", "choosing"]
+ADAPTING = ["delta", "substitute", "ops", "layer", "targets", "ties", "checkpoint", "model"]
+STAIRS = ["card", "report", "selector", "__init__"]
+
+
+def imports(name: str) -> set[str]:
+    tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peft_sam"):
+            module = (node.module or "").removeprefix("peft_sam").removeprefix(".")
+            found |= {module} if module else {alias.name for alias in node.names}
+    return found
+
+
+def test_every_file_has_its_floor() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*GROUND, *CHOOSING, *ADAPTING, *STAIRS}
+
+
+def test_imports_go_down_and_the_wings_do_not_import_each_other() -> None:
+    for wing in (CHOOSING, ADAPTING):
+        order = GROUND + wing
+        for position, name in enumerate(order):
+            assert imports(name) <= set(order[:position]), name
+    for name in STAIRS[:-1]:
+        assert imports(name) <= {*GROUND, *CHOOSING, *ADAPTING}, name
+
+
+def test_private_names_of_peft_come_through_one_door() -> None:
+    for path in PACKAGE.glob("*.py"):
+        if path.stem != "_peft":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "peft":
+                    assert node.module in ("peft", "peft.config", "peft.utils"), path
+                    assert not any(alias.name.startswith("_") for alias in node.names), path
+
+
+def test_a_file_fits_a_reader_s_head() -> None:
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 330, path
