@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,8 @@ def main() -> None:
     name = args.model or tasks.default_model_path()
     tokenizer = AutoTokenizer.from_pretrained(name)
     task = tasks.tokenise(load_task(args), tokenizer, args.max_length)
+    if args.examples:
+        task = replace(task, train=task.train.select(range(min(args.examples, len(task.train)))))
     metric = next(iter(task.metric([0.0, 1.0], [0, 1])))
     print(f"{task.name}: {len(task.train):,} training examples, {len(task.validation):,} held out; {name}")
 
@@ -150,6 +152,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", help="folder with <dataset>/train.jsonl and test.jsonl")
     parser.add_argument("--density", type=float, default=0.005, help="share of the encoder's linear weights to train")
     parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--examples", type=int, help="use only so many training examples")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop training after so many steps")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text that are read")

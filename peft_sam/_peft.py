@@ -6,6 +6,7 @@ range of PEFT versions that is known to work.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -114,6 +115,7 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
                 super()._create_and_replace(config, *args, **kwargs)
 
         def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if isinstance(self.peft_config[adapter_name], config_cls):
                 model_cls.finish_injection(self, model, adapter_name)

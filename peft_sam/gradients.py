@@ -88,10 +88,13 @@ def accumulate(
         total: number of batches, for the progress bar.
 
     Raises:
-        ValueError: if there is no batch, or if no gradient reaches the parameters.
+        ValueError: if there is no batch, a parameter has no storage (meta device), or no gradient reaches any.
         FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
     """
     start = time.perf_counter()
+    for name, parameter in parameters.items():
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device: load the model's weights before selecting.")
     kinds = tuple(statistics)
     sums = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
     samples, number = 0.0, 0

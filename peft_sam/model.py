@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -54,8 +55,10 @@ class SamModel(BaseTuner):
     ) -> None:
         """PEFT's injection, then `finish_injection`; the model is as before if that fails.
 
-        With `state_dict` its keys say which modules are adapted, whatever the config targets.
+        With `state_dict` its keys say which modules are adapted, whatever the config targets. The adapter gets a copy
+        of the config, so that one config makes many adapters.
         """
+        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         self._trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
         if state_dict is not None:
             self.peft_config[adapter_name].target_modules = modules_in(state_dict)

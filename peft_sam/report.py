@@ -12,17 +12,20 @@ from peft_sam.selection import Selection
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LAYER = re.compile(r"^(?P<before>.*?)\.(?P<index>\d+)\.(?P<kind>.*)$")
+# the first number in a name counts layers; later ones count parts of a layer, such as experts
+LAYER = re.compile(r"^.*?\.(?P<index>\d+)\.(?P<kind>.+)$")
 
 
 def place_of(name: str) -> tuple[str, str]:
-    """Layer and module type of a parameter: "encoder.layer.3.attention.query.weight" → ("3", "attention.query")."""
+    """Layer and module type of a parameter: "bert.encoder.layer.3.output.dense.weight" → ("3", "output.dense").
+
+    What lies outside the numbered layers has the layer "-".
+    """
     module = name.rpartition(".")[0]
-    match = LAYER.match(f"{module}.")
+    match = LAYER.match(module)
     if match is None:
-        return "-", module.rpartition(".")[2] or module
-    kind = match["kind"].rstrip(".")
-    return match["index"], ".".join(kind.split(".")[-2:]) or match["before"].rpartition(".")[2]
+        return "-", ".".join(module.split(".")[-2:])
+    return match["index"], match["kind"]
 
 
 def counts_by_place(selection: Selection) -> dict[tuple[str, str], tuple[int, int]]:
@@ -45,6 +48,8 @@ def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = N
         ImportError: without matplotlib, with the command that installs it.
     """
     try:
+        from matplotlib import colormaps
+        from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plot_selection draws with matplotlib: pip install "peft-sam[plot]"') from error
@@ -60,12 +65,19 @@ def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = N
     ]
     figure = Figure(figsize=(1.6 + 1.25 * len(kinds), 1.6 + 0.5 * len(layers)), layout="constrained")
     axes = figure.add_subplot()
-    image = axes.imshow(density, aspect="auto", cmap="viridis")
-    middle = max((value for row in density for value in row if value == value), default=0) / 2
+    # supports are clustered: a few places hold most entries, and a linear scale would show only those
+    positive = [value for row in density for value in row if value > 0]
+    low, high = min(positive, default=0.01), max(positive, default=100)
+    image = axes.imshow(
+        density,
+        aspect="auto",
+        cmap=colormaps["Blues"].with_extremes(under="white"),
+        norm=LogNorm(low, max(high, low * 1.01)),
+    )
     for row, layer in enumerate(layers):
         for column, kind in enumerate(kinds):
             if (layer, kind) in found:
-                color = "black" if density[row][column] > middle else "white"
+                color = "white" if density[row][column] ** 2 > low * high else "black"
                 axes.text(column, row, f"{found[layer, kind][0]:,}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), [f"layer {layer}" if layer != "-" else "outside" for layer in layers])

@@ -69,9 +69,9 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> None:
         for parameter_name, parameter in own_parameters(modules[name]).items():
             if not parameter.is_floating_point():
                 raise ValueError(
-                    f"parameter {base_name(name)}.{parameter_name} is {parameter.dtype} and cannot take a delta: a "
-                    "quantised weight is not supported. Load the base model without quantisation, or leave the "
-                    "module out with exclude_modules."
+                    f"parameter {base_name(name)}.{parameter_name} is {parameter.dtype} and cannot take a delta: "
+                    "quantised weights are not supported. Load the base model without quantisation, or leave the "
+                    f"module out with exclude_modules. {_what_could_be(modules)}"
                 )
 
 
@@ -118,7 +118,8 @@ def _endings(key: str) -> Iterator[str]:
 def _what_could_be(modules: dict[str, nn.Module]) -> str:
     kinds: dict[str, set[str]] = defaultdict(set)
     for name, module in modules.items():
-        if own_parameters(module):
+        own = own_parameters(module).values()
+        if own and all(parameter.is_floating_point() for parameter in own):
             kinds[type(module).__name__].add(name.rpartition(".")[2])
     listed = "; ".join(f"{kind}: {', '.join(sorted(names)[:12])}" for kind, names in sorted(kinds.items()))
     return f"Modules that could be targeted: {listed or 'none'}."

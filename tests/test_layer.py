@@ -238,6 +238,24 @@ def test_values_are_float32_on_a_half_precision_base_unless_asked_otherwise(base
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", MODULES[:5] + MODULES[8:10], ids=names)
+def test_a_half_precision_base_agrees_with_the_dense_model(case: ModuleCase, dtype: torch.dtype) -> None:
+    model, base = adapt(case, dtype)
+    deltas = model.base_model.sparse_deltas()
+    dense = adapted_copy(base, deltas)
+    x = make_input(case, dtype)
+    one, other = model(x), dense(x)
+    direction = torch.randn_like(one)
+    (one * direction).sum().backward()
+    (other * direction).sum().backward()
+    torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    parameters = dict(dense.named_parameters())
+    for name, delta in deltas.items():
+        expected = parameters[name].grad.flatten()[delta.indices].float()
+        torch.testing.assert_close(delta.values.grad, expected, rtol=5e-2, atol=5e-2, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", MODULES[:4], ids=names)
 def test_autocast_agrees_with_the_dense_model_under_autocast(case: ModuleCase, dtype: torch.dtype) -> None:
     model, base = adapt(case, torch.float32)

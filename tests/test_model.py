@@ -307,6 +307,18 @@ def test_moving_the_model_moves_the_adapter_and_keeps_it_right() -> None:
         torch.testing.assert_close(logits(model.to(torch.bfloat16), BATCH).float(), before, rtol=0.1, atol=0.1)
 
 
+def test_one_config_makes_many_adapters() -> None:
+    shared = SamConfig(density=0.1)
+    before = copy.deepcopy(shared)
+    for _ in range(2):
+        model = get_peft_model(bert(), shared)
+        select_parameters(model, [BATCH], progress=False)
+    model.add_adapter("two", shared)
+    select_parameters(model, [BATCH], adapter_name="two", progress=False)
+    shared.base_model_name_or_path = before.base_model_name_or_path
+    assert shared == before
+
+
 def test_the_first_adapter_of_a_wrapped_model_is_a_peft_model() -> None:
     model = get_peft_model(bert(), config())
     assert isinstance(model, PeftModel)

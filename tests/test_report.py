@@ -14,10 +14,13 @@ from peft_sam.report import counts_by_place, place_of, plot_selection
 @pytest.mark.parametrize(
     ("name", "place"),
     [
-        ("bert.encoder.layer.3.attention.self.query.weight", ("3", "self.query")),
+        ("bert.encoder.layer.3.attention.self.query.weight", ("3", "attention.self.query")),
         ("model.layers.11.mlp.gate_proj.weight", ("11", "mlp.gate_proj")),
         ("model.layers.0.mlp.experts.gate_up_proj", ("0", "mlp.experts")),
-        ("bert.pooler.dense.bias", ("-", "dense")),
+        ("bert.encoder.layer.3.attention.output.dense.weight", ("3", "attention.output.dense")),
+        ("bert.encoder.layer.3.output.dense.weight", ("3", "output.dense")),
+        ("model.layers.2.mlp.experts.5.w1.weight", ("2", "mlp.experts.5.w1")),
+        ("bert.pooler.dense.bias", ("-", "pooler.dense")),
         ("0.weight", ("-", "0")),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_sam import SamConfig
+from peft_sam import SamConfig, select_parameters
 from peft_sam.model import candidates_of
 from tests.cases import NETS, NetCase, bert, gpt2, names, t5
 
@@ -80,9 +80,9 @@ def test_a_name_that_matches_nothing_lists_what_could_be_targeted(wanted: Any) -
 
 
 def test_an_integer_weight_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"0\.weight is torch\.int8 and cannot take a delta"):
+    with pytest.raises(ValueError, match=r"0\.weight is torch\.int8 and cannot take a delta.*targeted: Linear: 1\."):
         get_peft_model(model, SamConfig(target_modules=["0"]))
 
 
@@ -93,6 +93,14 @@ def test_a_score_of_the_weights_on_the_meta_device_is_refused_and_the_model_kept
         get_peft_model(base, SamConfig(target_modules="all", score="magnitude", density=0.5))
     assert type(base[0]) is nn.Linear
     assert base[0].weight.requires_grad
+
+
+def test_selecting_by_data_on_the_meta_device_is_refused() -> None:
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(4, 4))
+    model = get_peft_model(base, SamConfig(target_modules="all", density=0.5))
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device: load the model's weights"):
+        select_parameters(model, [torch.ones(1, 4)], loss_fn=lambda model, x: model(x).sum(), progress=False)
 
 
 def test_a_tied_parameter_is_one_candidate_under_its_first_name() -> None:
