@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--density", type=float, default=0.02, help="share of the linear weights to train")
     parser.add_argument("--base-steps", type=int, default=400, help="steps of training the base model from scratch")
-    parser.add_argument("--steps", type=int, default=200, help="steps of training the adapter")
+    parser.add_argument("--steps", type=int, default=400, help="steps of training the adapter")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="output/causal_lm")
     return parser.parse_args()

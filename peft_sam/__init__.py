@@ -17,9 +17,9 @@ from peft_sam import _peft
 from peft_sam.card import complete_card
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
-from peft_sam.delta import SparseDelta
+from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
-from peft_sam.layer import PendingAdapterError, SamLayer
+from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
 from peft_sam.selection import Selection
 from peft_sam.selector import choose_for, select_parameters

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peft_sam.layer import SEPARATOR, PendingAdapterError, SamLayer
+from peft_sam.delta import PendingAdapterError
+from peft_sam.layer import SEPARATOR, SamLayer
 from peft_sam.support import check_support
 from peft_sam.targets import base_name
 

@@ -16,6 +16,19 @@ def delta_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
 
 
+class PendingAdapterError(RuntimeError):
+    """An adapter is trained, saved or merged before its parameters are selected."""
+
+    def __init__(self, adapter_name: str, action: str) -> None:
+        argument = "" if adapter_name == "default" else f', adapter_name="{adapter_name}"'
+        super().__init__(
+            f"The SAM adapter {adapter_name!r} cannot be {action}: no parameters are selected yet. Add one line after "
+            "the trainer is made and before trainer.train():\n\n"
+            f"    peft_sam.select_parameters(trainer{argument})\n\n"
+            f"or, without a Trainer, peft_sam.select_parameters(model, dataloader{argument})."
+        )
+
+
 class SparseDelta(nn.Module):
     """Δ of one parameter θ of shape `shape`: Δ.flatten()[indices] = values, and 0 elsewhere.
 

@@ -92,61 +92,102 @@ def accumulate(
         FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
     """
     start = time.perf_counter()
-    for name, parameter in parameters.items():
-        if parameter.is_meta:
-            raise ValueError(f"parameter {name!r} is on the meta device: load the model's weights before selecting.")
-    kinds = tuple(statistics)
-    sums = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
+    sums = _Sums(parameters, tuple(statistics))
     samples, number = 0.0, 0
-    scale = 1.0
-    checks: list[tuple[str, Tensor]] = []
-
-    def take(name: str, parameter: nn.Parameter) -> None:
-        gradient = parameter.grad
-        parameter.grad = None
-        assert gradient is not None
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        checks.append((name, gradient.sum(dtype=torch.float32)))
-        for kind in kinds:
-            ACCUMULATE[kind](sums[kind][name], gradient, current.samples, 1.0 / scale)
-
     with ExitStack() as stack:
         stack.enter_context(_as_before(model, parameters, train_mode))
-        for name, parameter in parameters.items():
-            handle = parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
-            stack.callback(handle.remove)
+        stack.enter_context(sums.listening())
         bar = stack.enter_context(
             tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
         )
         for batch in batches:
             with torch.enable_grad():
                 current = loss(batch)
-                _check_loss(current.value, number)
-                scale = _loss_scale(current.value, parameters.values())
-                (current.value * scale).backward()
-            _check_gradients(checks, sums, number)
-            checks.clear()
+                if current.samples:  # the mean over nothing is no number
+                    _check_loss(current.value, number)
+                    sums.add(current, number)
             samples += current.samples
             number += 1
             bar.update()
     if reduce is not None:
         count = reduce(torch.tensor([samples, float(number)], dtype=torch.float64))
         samples, number = float(count[0]), int(count[1])
-    if number == 0 or samples == 0:
+    if samples == 0:
         raise ValueError(
-            f"the pass saw {number} batches with {samples:g} samples in all, so there is no gradient to select by: "
-            "give a loader that yields labelled batches."
+            f"the pass saw {number} batches with no samples in them, so there is no gradient to select by: give a "
+            "loader that yields labelled batches."
         )
-    for of_kind in sums.values():
-        for name, tensor in of_kind.items():
-            of_kind[name] = (tensor if reduce is None else reduce(tensor)).div_(samples)
-    if not any(bool(tensor.any()) for of_kind in sums.values() for tensor in of_kind.values()):
-        raise ValueError(
-            f"all gradients of the {len(parameters)} candidate parameters are zero: the loss does not reach them. "
-            "Check that the loss depends on the targeted modules' outputs (and that the head is not all zeros)."
-        )
-    return GradientStatistics(sums, samples, number, time.perf_counter() - start)
+    return GradientStatistics(sums.means(samples, reduce), samples, number, time.perf_counter() - start)
+
+
+class _Sums:
+    """The accumulators: Σ n_b g_b and its like, taken up as soon as a parameter's gradient exists."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], kinds: tuple[str, ...]) -> None:
+        for name, parameter in parameters.items():
+            if parameter.is_meta:
+                raise ValueError(f"parameter {name!r} is on the meta device: load the weights before selecting.")
+        self.parameters = parameters
+        self.tensors = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
+        self.weight, self.unscale = 0.0, 1.0
+        self.seen: list[tuple[str, Tensor]] = []
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hooks that take each parameter's gradient and free it."""
+
+        def hook(name: str) -> Callable[[Tensor], None]:
+            return lambda parameter: self._take(name, parameter)
+
+        handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in self.parameters.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(self, loss: Loss, number: int) -> None:
+        """Run batch `number` backward."""
+        scale = _loss_scale(loss.value, self.parameters.values())
+        self.weight, self.unscale = loss.samples, 1.0 / scale
+        self.seen.clear()
+        (loss.value * scale).backward()
+        self._check(number)
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        parameter.grad = None
+        assert gradient is not None
+        if gradient.is_sparse:
+            gradient = gradient.to_dense()
+        self.seen.append((name, gradient.sum(dtype=torch.float32)))
+        for kind, tensors in self.tensors.items():
+            ACCUMULATE[kind](tensors[name], gradient, self.weight, self.unscale)
+
+    def _check(self, number: int) -> None:
+        """One look at the device per batch: a NaN or infinite entry makes its tensor's sum so."""
+        if not self.seen:
+            return
+        device = self.seen[0][1].device
+        finite = torch.stack([total.to(device) for _, total in self.seen]).isfinite().tolist()
+        for (name, _), good in zip(self.seen, finite, strict=True):
+            # a sum of large finite entries may overflow too
+            if not good and not all(bool(of[name].isfinite().all()) for of in self.tensors.values()):
+                raise FloatingPointError(
+                    f"the gradient of {name!r} in batch {number} has NaN or infinite entries; nothing was selected."
+                )
+
+    def means(self, samples: float, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, dict[str, Tensor]]:
+        """The sums over all processes, divided by the samples."""
+        for tensors in self.tensors.values():
+            for name, tensor in tensors.items():
+                tensors[name] = (tensor if reduce is None else reduce(tensor)).div_(samples)
+        if not any(bool(tensor.any()) for tensors in self.tensors.values() for tensor in tensors.values()):
+            raise ValueError(
+                f"all gradients of the {len(self.parameters)} candidate parameters are zero: the loss does not reach "
+                "them. Check that it depends on the targeted modules' outputs (and that the head is not all zeros)."
+            )
+        return self.tensors
 
 
 def _accumulator(parameter: nn.Parameter) -> Tensor:
@@ -170,18 +211,6 @@ def _check_loss(loss: Tensor, number: int) -> None:
         )
     if not bool(torch.isfinite(loss)):
         raise FloatingPointError(f"the loss of batch {number} is {loss.item()}; nothing was selected.")
-
-
-def _check_gradients(checks: list[tuple[str, Tensor]], sums: Mapping[str, Mapping[str, Tensor]], number: int) -> None:
-    """One look at the device per batch: a NaN or infinite entry makes its tensor's sum so."""
-    if not checks:
-        return
-    finite = torch.stack([total.to(checks[0][1].device) for _, total in checks]).isfinite().tolist()
-    for (name, _), good in zip(checks, finite, strict=True):
-        if not good and any(not bool(of[name].isfinite().all()) for of in sums.values()):
-            raise FloatingPointError(
-                f"the gradient of {name!r} in batch {number} has NaN or infinite entries; nothing was selected."
-            )
 
 
 @contextmanager

@@ -16,16 +16,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
-from peft_sam.delta import SparseDelta, delta_dtype
+from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.ops import compose, sparse_linear
+from peft_sam.owned import own_parameters
 from peft_sam.substitute import call_with
 from peft_sam.support import check_support
 
 # Standard deviation of the deltas that init_weights=False starts from.
 TEST_INIT_STD = 0.02
-
-# Children whose parameters a module reads without calling them: they are candidates of the module itself.
-READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
 # Separates child and parameter in the key of a delta; module names cannot hold a dot.
 SEPARATOR = "/"
@@ -33,27 +31,6 @@ SEPARATOR = "/"
 
 def _key(name: str) -> str:
     return name.replace(".", SEPARATOR)
-
-
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included."""
-    own = dict(module.named_parameters(recurse=False))
-    for child in READ_NOT_CALLED.get(type(module), ()):
-        own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
-    return own
-
-
-class PendingAdapterError(RuntimeError):
-    """An adapter is trained, saved or merged before its parameters are selected."""
-
-    def __init__(self, adapter_name: str, action: str) -> None:
-        argument = "" if adapter_name == "default" else f', adapter_name="{adapter_name}"'
-        super().__init__(
-            f"The SAM adapter {adapter_name!r} cannot be {action}: no parameters are selected yet. Add one line after "
-            "the trainer is made and before trainer.train():\n\n"
-            f"    peft_sam.select_parameters(trainer{argument})\n\n"
-            f"or, without a Trainer, peft_sam.select_parameters(model, dataloader{argument})."
-        )
 
 
 class SamLayer(nn.Module, BaseTunerLayer):

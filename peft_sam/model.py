@@ -14,7 +14,8 @@ from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
-from peft_sam.layer import SamLayer, make_layer, own_parameters
+from peft_sam.layer import SamLayer, make_layer
+from peft_sam.owned import own_parameters
 from peft_sam.selection import Selection
 from peft_sam.targets import base_modules, base_name, resolve_targets
 from peft_sam.ties import tie

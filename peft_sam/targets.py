@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, NoMatchingPeftModuleError, check_target_module_exists
 from peft_sam.config import SamConfig
-from peft_sam.layer import READ_NOT_CALLED, own_parameters
+from peft_sam.owned import READ_NOT_CALLED, own_parameters
 
 
 def base_name(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from peft_sam.layer import SamLayer, own_parameters
+from peft_sam.layer import SamLayer
+from peft_sam.owned import own_parameters
 from peft_sam.targets import base_modules, base_name
 
 

@@ -99,7 +99,7 @@ def test_selecting_by_data_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         base = nn.Sequential(nn.Linear(4, 4))
     model = get_peft_model(base, SamConfig(target_modules="all", density=0.5))
-    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device: load the model's weights"):
+    with pytest.raises(ValueError, match=r"'0\.weight' is on the meta device: load the weights"):
         select_parameters(model, [torch.ones(1, 4)], loss_fn=lambda model, x: model(x).sum(), progress=False)
 
 
