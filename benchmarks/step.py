@@ -182,9 +182,10 @@ class Step:
         kept: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in known and tensor.is_floating_point():
-                kept[storage.data_ptr()] = storage.nbytes()
+            for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+                storage = part.untyped_storage()
+                if storage.data_ptr() not in known:
+                    kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peft_sam.delta import SparseDelta
+from peft_sam.plan import Block, Plan, plan_linear
 
-# A support that touches more than this share of the rows or columns of W is treated as touching all of them:
-# gathering most of a matrix costs more than it saves.
-ALL_OF_THEM = 0.5
+# Multiplications of a dense product that take as long as moving one number through memory.
+PRODUCTS_PER_MOVE = 16
 
 
 def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -30,40 +30,6 @@ def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
     return flat.view(parameter.shape)
 
 
-class Plan(NamedTuple):
-    """Where the support of one Δ of a linear layer lies: what its products need.
-
-    rows, columns: the rows (outputs) and columns (inputs) of W that the support touches; None for all of them.
-    local: for each entry its flat position in the (rows × columns) submatrix.
-    """
-
-    rows: Tensor | None
-    columns: Tensor | None
-    local: Tensor
-
-
-def plan_linear(delta: SparseDelta, transposed: bool) -> Plan:
-    """The plan of `delta` for a weight of shape (out, in), or (in, out) when `transposed`."""
-
-    def make(indices: Tensor) -> Plan:
-        width = delta.shape[1]
-        first, second = indices // width, indices % width
-        row_of, column_of = (second, first) if transposed else (first, second)
-        outputs, inputs = (delta.shape[1], delta.shape[0]) if transposed else (delta.shape[0], delta.shape[1])
-        rows, row_of = _active(row_of, outputs)
-        columns, column_of = _active(column_of, inputs)
-        return Plan(rows, columns, row_of * (inputs if columns is None else len(columns)) + column_of)
-
-    delta.checked_indices()
-    return delta.derive(("plan", transposed), make)
-
-
-def _active(index_of: Tensor, size: int) -> tuple[Tensor | None, Tensor]:
-    """The distinct indices and each entry's position among them, or (None, the indices) when they are most of all."""
-    active, position = torch.unique(index_of, return_inverse=True)
-    return (None, index_of) if len(active) > ALL_OF_THEM * size else (active, position)
-
-
 def sparse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta], transposed: bool
 ) -> Tensor:
@@ -73,33 +39,26 @@ def sparse_linear(
         x: (..., in), with at least one leading dimension.
         bias: (out,) or None; may require gradients.
 
-    Gradients: dx = dy (W + Σ Δ); of each Δ's values (dyᵀ x) at its support, from the rows of dy and the columns of
-    x that the support touches. Only those columns of x are saved. Under autocast the products are in its dtype.
+    Two forms, by what moves less memory (`composes`): many tokens multiply with W + Σ Δ, composed for the moment of
+    the product; few tokens multiply with W, and the product with Δ is added. Gradients: dx in the same form; of each
+    Δ's values (dyᵀ x) at its support, from the rows of dy and the columns of x that the support touches. Only those
+    columns of x are saved. Under autocast the products are in its dtype.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    parts: list[Tensor | None] = []
-    for delta in deltas:
-        parts += [delta.values, delta.indices, *plan_linear(delta, transposed)]
+    plans = tuple(plan_linear(delta, transposed) for delta in deltas)
+    places = tuple(delta.indices for delta in deltas)
     with torch.autocast(x.device.type, enabled=False):
-        return _SparseLinear.apply(x, weight, bias, transposed, *parts)
+        return _SparseLinear.apply(x, weight, bias, transposed, plans, places, *(delta.values for delta in deltas))
 
 
-class _Part(NamedTuple):
-    """One Δ as the op takes it."""
-
-    values: Tensor
-    indices: Tensor
-    rows: Tensor | None
-    columns: Tensor | None
-    local: Tensor
-
-
-def _parts(flat: Sequence[Any]) -> list[_Part]:
-    size = len(_Part._fields)
-    return [_Part(*flat[start : start + size]) for start in range(0, len(flat), size)]
+def composes(tokens: int, weight: Tensor, plans: Sequence[Plan]) -> bool:
+    """Whether copying W moves less memory than gathering and adding the products with Δ, for so many tokens."""
+    area = sum(plan.area for plan in plans)
+    adding = tokens * (2 * sum(plan.touched for plan in plans) + area / PRODUCTS_PER_MOVE) + 2 * area
+    return 2 * weight.numel() <= adding
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -107,42 +66,93 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, *flat: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        plans: tuple[Plan, ...],
+        places: tuple[Tensor, ...],
+        *values: Tensor,
     ) -> Tensor:
-        parts = _parts(flat)
-        inputs = [_pick(x.flatten(0, -2), part.columns) for part in parts]
-        ctx.transposed, ctx.number = transposed, len(flat)
-        ctx.save_for_backward(weight, *flat, *inputs)
-        return F.linear(x, _composed(weight, parts, transposed, x.dtype), bias)
+        tokens = x.flatten(0, -2)
+        inputs = [tokens if p.columns is None else tokens.index_select(1, p.columns) for p in plans]
+        composed = composes(len(tokens), weight, plans)
+        ctx.plans, ctx.places, ctx.transposed, ctx.composed = plans, places, transposed, composed
+        if composed:
+            ctx.save_for_backward(weight, *values, *inputs)
+            return F.linear(x, _oriented(_composed(weight, values, places, x.dtype), transposed), bias)
+        dense = [[_dense(block, value, x.dtype) for block in p.blocks] for p, value in zip(plans, values, strict=True)]
+        ctx.save_for_backward(weight, *values, *inputs, *(block for blocks in dense for block in blocks))
+        y = F.linear(tokens, _oriented(weight.to(x.dtype), transposed), bias)
+        for plan, blocks, columns in zip(plans, dense, inputs, strict=True):
+            for block, delta in zip(plan.blocks, blocks, strict=True):
+                added = columns[:, block.start : block.stop] @ delta.t()
+                y = y.add_(added) if block.rows is None else y.index_add_(1, block.rows, added)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *rest = ctx.saved_tensors
-        parts, inputs = _parts(rest[: ctx.number]), rest[ctx.number :]
-        needs_x, _, needs_bias, _, *needs = ctx.needs_input_grad
-        flat_grad = grad.flatten(0, -2)
-        grad_x = grad @ _composed(weight, parts, ctx.transposed, grad.dtype) if needs_x else None
-        grad_bias = flat_grad.sum(0) if needs_bias else None
-        grads: list[Tensor | None] = [None] * ctx.number
-        size = len(_Part._fields)
-        for position, (part, x) in enumerate(zip(parts, inputs, strict=True)):
-            if needs[position * size]:
-                small = _pick(flat_grad, part.rows).t() @ x
-                grads[position * size] = small.flatten().index_select(0, part.local).to(part.values.dtype)
-        return (grad_x, None, grad_bias, None, *grads)
+        plans, number = ctx.plans, len(ctx.plans)
+        values, inputs, dense = rest[:number], rest[number : 2 * number], iter(rest[2 * number :])
+        needs_x, _, needs_bias, _, _, _, *needs = ctx.needs_input_grad
+        tokens = grad.flatten(0, -2)
+        picked = [
+            [tokens if block.rows is None else tokens.index_select(1, block.rows) for block in plan.blocks]
+            for plan in plans
+        ]
+        grad_x = None
+        if needs_x and ctx.composed:
+            grad_x = grad @ _oriented(_composed(weight, values, ctx.places, grad.dtype), ctx.transposed)
+        elif needs_x:
+            grad_x = tokens @ _oriented(weight.to(grad.dtype), ctx.transposed)
+            for plan, rows in zip(plans, picked, strict=True):
+                parts = [block_rows @ next(dense) for block_rows in rows]
+                added = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+                grad_x = grad_x.add_(added) if plan.columns is None else grad_x.index_add_(1, plan.columns, added)
+            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
+        grads = [
+            _gradient(plan, rows, columns, value) if needed else None
+            for plan, rows, columns, value, needed in zip(plans, picked, inputs, values, needs, strict=True)
+        ]
+        return (grad_x, None, tokens.sum(0) if needs_bias else None, None, None, None, *grads)
 
 
-def _pick(matrix: Tensor, columns: Tensor | None) -> Tensor:
-    return matrix if columns is None else matrix.index_select(1, columns)
+def _gradient(plan: Plan, picked: Sequence[Tensor], columns: Tensor, values: Tensor) -> Tensor:
+    """(dyᵀ x) at the support: one small dense product per block, read at the entries' places."""
+    found = []
+    for block, rows in zip(plan.blocks, picked, strict=True):
+        part = columns[:, block.start : block.stop]
+        product = part.t() @ rows if block.tall else rows.t() @ part
+        found.append(product.flatten().index_select(0, block.local))
+    if plan.order is None:
+        return found[0].to(values.dtype)
+    return torch.cat(found).index_select(0, plan.order).to(values.dtype)
 
 
-def _composed(weight: Tensor, parts: Sequence[_Part], transposed: bool, dtype: torch.dtype) -> Tensor:
-    """W + Σ Δ, (out, in), of `dtype`; each sum is rounded to W's dtype, as in `compose`."""
+def _dense(block: Block, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The block of Δ as a dense (rows × columns) matrix."""
+    inside = values if block.entries is None else values.index_select(0, block.entries)
+    width = block.stop - block.start
+    flat = inside.new_zeros(block.height * width).index_copy_(0, block.local, inside).to(dtype)
+    return flat.view(width, block.height).t() if block.tall else flat.view(block.height, width)
+
+
+def _composed(weight: Tensor, values: Sequence[Tensor], places: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """W + Σ Δ of `dtype`; each sum is rounded to W's dtype, as in `compose`."""
     composed = weight.clone(memory_format=torch.contiguous_format)
     flat = composed.view(-1)
-    for part in parts:
-        entries = flat.index_select(0, part.indices)
-        flat.index_copy_(0, part.indices, (entries.to(part.values.dtype) + part.values).to(flat.dtype))
-    composed = composed.to(dtype)
-    return composed.t() if transposed else composed
+    for value, indices in zip(values, places, strict=True):
+        if value.dtype == flat.dtype:
+            flat.index_add_(0, indices, value)
+        else:
+            entries = flat.index_select(0, indices)
+            flat.index_copy_(0, indices, (entries.to(value.dtype) + value).to(flat.dtype))
+    return composed.to(dtype)
+
+
+def _oriented(weight: Tensor, transposed: bool) -> Tensor:
+    """The weight as (out, in)."""
+    return weight.t() if transposed else weight

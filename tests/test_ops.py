@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from peft_sam import ops
 from peft_sam.delta import SparseDelta
-from peft_sam.ops import compose, plan_linear, sparse_linear
+from peft_sam.ops import compose, composes, sparse_linear
+from peft_sam.plan import plan_linear
 from tests.reference import dense_delta
 
 
@@ -98,28 +100,69 @@ def test_only_the_touched_columns_of_the_input_are_saved() -> None:
         weight = torch.randn(16, 64, dtype=torch.float64)
         sparse_linear(x, weight, None, [delta], False)
     activations = [t for t in saved if t.is_floating_point() and t.shape != weight.shape and t is not delta.values]
-    assert sum(t.numel() for t in activations) <= 10 * 2 + len(delta.values)
+    blocks = plan_linear(delta, transposed=False).area
+    assert sum(t.numel() for t in activations) <= 10 * 2 + len(delta.values) + blocks < x.numel()
 
 
-def test_the_plan_names_the_touched_rows_and_columns_and_places_entries_inside() -> None:
-    delta = make_delta((16, 64), [3, 64 * 5 + 3, 64 * 7 + 9])
-    plan = plan_linear(delta, transposed=False)
-    assert plan.rows is not None
+@given(linear_problems())
+def test_the_blocks_of_a_plan_hold_every_entry_once_at_its_place(
+    problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
+) -> None:
+    _, weight, deltas, transposed = problem
+    for delta in deltas:
+        plan = plan_linear(delta, transposed)
+        rebuilt = torch.zeros_like(weight.t() if transposed else weight)
+        columns = torch.arange(rebuilt.shape[1]) if plan.columns is None else plan.columns
+        assert plan.width == len(columns) == len(set(columns.tolist()))
+        for block in plan.blocks:
+            rows = torch.arange(len(rebuilt)) if block.rows is None else block.rows
+            assert len(rows) == block.height
+            place = rows[:, None], columns[block.start : block.stop]
+            assert not bool(rebuilt[place].any())
+            rebuilt[place] = ops._dense(block, delta.values.detach(), weight.dtype)
+        assert torch.equal(rebuilt.t() if transposed else rebuilt, dense_delta(delta))
+        assert plan.area <= rebuilt.numel()
+
+
+def test_a_dense_column_and_scattered_entries_make_two_small_blocks() -> None:
+    rows, columns = 512, 400
+    positions = [row * columns + 7 for row in range(rows)] + [row * columns + row * 3 for row in range(60)]
+    plan = plan_linear(make_delta((rows, columns), positions), transposed=False)
     assert plan.columns is not None
-    assert plan.rows.tolist() == [0, 5, 7]
-    assert plan.columns.tolist() == [3, 9]
-    assert plan.local.tolist() == [0, 2, 5]
-    transposed = plan_linear(delta, transposed=True)
-    assert transposed.rows is not None
-    assert transposed.rows.tolist() == [3, 9]
+    assert plan.columns[0] == 7
+    assert [block.height for block in plan.blocks] == [512, 60]
+    assert plan.area < 512 + 60 * 61
+    assert str(plan) == f"Plan(512 x 1 + 60 x {plan.width - 1})"
 
 
 def test_the_plan_follows_the_support_when_it_changes_in_place() -> None:
     delta = make_delta((16, 64), [3, 64 * 5 + 3])
-    assert plan_linear(delta, transposed=False).rows.tolist() == [0, 5]
+    assert plan_linear(delta, transposed=False).blocks[0].rows.tolist() == [0, 5]
     with torch.no_grad():
         delta.indices.copy_(torch.tensor([64, 64 * 2]))
-    assert plan_linear(delta, transposed=False).rows.tolist() == [1, 2]
+    assert plan_linear(delta, transposed=False).blocks[0].rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("composed", [True, False])
+@given(problem=linear_problems())
+def test_both_forms_agree_with_the_dense_product(
+    composed: bool, problem: tuple[Tensor, Tensor, list[SparseDelta], bool]
+) -> None:
+    x, weight, deltas, transposed = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "composes", lambda *_: composed)
+        test_sparse_linear_equals_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
+        test_sparse_linear_has_the_gradients_of_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
+
+
+def test_few_tokens_add_and_many_tokens_compose() -> None:
+    weight = torch.zeros(256, 256)
+    delta = make_delta((256, 256), [row * 256 + 3 for row in range(40)])
+    plans = [plan_linear(delta, transposed=False)]
+    assert not composes(1, weight, plans)
+    assert composes(100_000, weight, plans)
+    scattered = make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist())
+    assert composes(1, weight, [plan_linear(scattered, transposed=False)])
 
 
 def test_a_support_out_of_range_never_reaches_a_product() -> None:
