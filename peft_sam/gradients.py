@@ -110,7 +110,7 @@ def accumulate(
             number += 1
             bar.update()
     if reduce is not None:
-        count = reduce(torch.tensor([samples, float(number)], dtype=torch.float64))
+        count = reduce(torch.tensor([samples, float(number)], dtype=torch.float64, device=sums.device))
         samples, number = float(count[0]), int(count[1])
     if samples == 0:
         raise ValueError(
@@ -131,6 +131,11 @@ class _Sums:
         self.tensors = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
         self.weight, self.unscale = 0.0, 1.0
         self.seen: list[tuple[str, Tensor]] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first accumulator is: collectives need their tensors there."""
+        return next(tensor.device for tensors in self.tensors.values() for tensor in tensors.values())
 
     @contextmanager
     def listening(self) -> Iterator[None]:
