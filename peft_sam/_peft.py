@@ -115,9 +115,11 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
                 super()._create_and_replace(config, *args, **kwargs)
 
         def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-            self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+            sparse = isinstance(self.peft_config[adapter_name], config_cls)
+            if sparse:
+                self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if isinstance(self.peft_config[adapter_name], config_cls):
+            if sparse:
                 model_cls.finish_injection(self, model, adapter_name)
 
     if SAM_SPARSE not in mixed.COMPATIBLE_TUNER_TYPES:

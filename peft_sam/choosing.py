@@ -35,7 +35,7 @@ def choose(
         statistics: statistic → parameter name → tensor, for a score that needs data.
 
     Raises:
-        ValueError: if k is 0, if every score is 0, or if a candidate has no storage (meta device).
+        ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
     """
     statistics = statistics or {}
     scores = {

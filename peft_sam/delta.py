@@ -16,6 +16,11 @@ def delta_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if torch.finfo(dtype).bits >= 32 else torch.float32
 
 
+def changed(entries: Tensor, values: Tensor) -> Tensor:
+    """θ[support] + values in θ's dtype, for `entries` = θ.flatten()[indices]; the sum is in the values' dtype."""
+    return (entries.to(values.dtype) + values).to(entries.dtype)
+
+
 class PendingAdapterError(RuntimeError):
     """An adapter is trained, saved or merged before its parameters are selected."""
 
@@ -87,10 +92,6 @@ class SparseDelta(nn.Module):
             return indices
 
         return self.derive("checked", check)
-
-    def changed(self, entries: Tensor) -> Tensor:
-        """θ[support] + values, in θ's dtype, for `entries` = θ.flatten()[indices]; the sum is in the values' dtype."""
-        return (entries.to(self.values.dtype) + self.values).to(entries.dtype)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
-from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
+from peft_sam.delta import PendingAdapterError, SparseDelta, changed, delta_dtype
 from peft_sam.ops import compose, sparse_linear
 from peft_sam.owned import own_parameters
 from peft_sam.substitute import call_with
@@ -189,17 +189,17 @@ class SamLayer(nn.Module, BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.sam_sparse_delta:
                 continue
-            own, changed, original = self.parameters_below(), {}, {}
+            own, merged, original = self.parameters_below(), {}, {}
             for name, delta in self.deltas(adapter_name).items():
                 if delta.pending:
                     raise PendingAdapterError(adapter_name, "merged")
                 original[name] = own[name].detach().take(delta.checked_indices())
-                changed[name] = delta.changed(original[name]).detach()
-                if safe_merge and not torch.isfinite(changed[name]).all():
+                merged[name] = changed(original[name], delta.values).detach()
+                if safe_merge and not torch.isfinite(merged[name]).all():
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     )
-            for name, entries in changed.items():
+            for name, entries in merged.items():
                 self._write(adapter_name, name, entries)
             self._original_bits.append(original)
             self.merged_adapters.append(adapter_name)
@@ -256,15 +256,10 @@ class SamLinear(SamLayer):
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
-        if not changes.keys() & {"weight"} or len(args) != 1 or kwargs or not _is_bare(base):
+        if "weight" not in changes or len(args) != 1 or kwargs or args[0].ndim < 2 or not _is_bare(base):
             return super()._forward_with(changes, *args, **kwargs)
-        (x,) = args
-        bias = base.bias
-        if bias is not None and "bias" in changes:
-            bias = compose(bias, changes["bias"])
-        if x.ndim < 2:
-            return super()._forward_with(changes, *args, **kwargs)
-        return sparse_linear(x, base.weight, bias, changes["weight"], isinstance(base, Conv1D))
+        bias = compose(base.bias, changes["bias"]) if "bias" in changes else base.bias
+        return sparse_linear(args[0], base.weight, bias, changes["weight"], isinstance(base, Conv1D))
 
 
 def _is_bare(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from peft_sam.delta import SparseDelta
+from peft_sam.delta import SparseDelta, changed
 from peft_sam.plan import Block, Plan, plan_linear
 
 # Multiplications of a dense product that take as long as moving one number through memory.
@@ -26,7 +26,7 @@ def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
     flat = parameter.flatten()
     for delta in deltas:
         indices = delta.checked_indices()
-        flat = flat.index_copy(0, indices, delta.changed(flat.index_select(0, indices)))
+        flat = flat.index_copy(0, indices, changed(flat.index_select(0, indices), delta.values))
     return flat.view(parameter.shape)
 
 
@@ -148,8 +148,7 @@ def _composed(weight: Tensor, values: Sequence[Tensor], places: Sequence[Tensor]
         if value.dtype == flat.dtype:
             flat.index_add_(0, indices, value)
         else:
-            entries = flat.index_select(0, indices)
-            flat.index_copy_(0, indices, (entries.to(value.dtype) + value).to(flat.dtype))
+            flat.index_copy_(0, indices, changed(flat.index_select(0, indices), value))
     return composed.to(dtype)
 
 

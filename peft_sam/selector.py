@@ -89,7 +89,7 @@ def select_parameters(
     adapter_name, config = _pending_adapter(model, adapter_name)
     if selection is None:
         candidates = candidates_of(model, adapter_name)
-        statistics, about = {}, {}
+        found = None
         if needed := SCORES[config.score].statistics:
             source_of_batches = (
                 _from_trainer(trainer, model, count_fn)
@@ -108,11 +108,9 @@ def select_parameters(
                     total=_length(batches, max_batches),
                     progress=_wants_progress(trainer, accelerator, progress),
                 )
-            statistics = found.tensors
-            about = {"samples": found.samples, "batches": found.batches, "seconds": found.seconds}
-        selection = choose_for(candidates, config, statistics)
-        for key, value in about.items():
-            setattr(selection, key, value)
+        selection = choose_for(candidates, config, found.tensors if found else None)
+        if found:
+            selection.samples, selection.batches, selection.seconds = found.samples, found.batches, found.seconds
     apply_selection(model, adapter_name, config, selection)
     return selection
 

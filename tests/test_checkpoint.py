@@ -178,6 +178,13 @@ def damage(state: dict[str, Tensor], how: str) -> None:
                 del state[key]
 
 
+def save_damaged(model: Any, folder: Path, how: str) -> None:
+    model.save_pretrained(folder)
+    state = load_file(folder / FILE)
+    damage(state, how)
+    save_file(state, folder / FILE)
+
+
 DAMAGES = [
     "an index out of range",
     "an index below zero",
@@ -215,10 +222,7 @@ def assert_untouched(before: dict[str, tuple[Tensor, bool]], kinds: list[type], 
 @pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_file_is_refused_and_the_base_model_is_as_before(tmp_path: Path, how: str) -> None:
     model, base = trained()
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / FILE)
-    damage(state, how)
-    save_file(state, tmp_path / FILE)
+    save_damaged(model, tmp_path, how)
     before, kinds = bits(base), [type(m) for m in base.modules()]
     with pytest.raises(ValueError, match=r"support|adapter file"):
         PeftModel.from_pretrained(base, tmp_path)
@@ -228,10 +232,7 @@ def test_a_damaged_file_is_refused_and_the_base_model_is_as_before(tmp_path: Pat
 @pytest.mark.parametrize("how", DAMAGES[:3])
 def test_a_damaged_second_adapter_leaves_the_first_as_before(tmp_path: Path, how: str) -> None:
     model, _ = trained()
-    model.save_pretrained(tmp_path)
-    state = load_file(tmp_path / FILE)
-    damage(state, how)
-    save_file(state, tmp_path / FILE)
+    save_damaged(model, tmp_path, how)
     before, kinds, out = bits(model), [type(m) for m in model.modules()], logits(model)
     with pytest.raises(ValueError, match="support"):
         model.load_adapter(tmp_path, adapter_name="second")
