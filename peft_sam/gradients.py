@@ -60,7 +60,7 @@ ACCUMULATE: dict[str, Callable[[Tensor, Tensor, float, float], None]] = {
 
 def accumulate(
     model: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, Tensor],
     batches: Iterable[Any],
     loss: Callable[[Any], Loss],
     *,
@@ -123,7 +123,7 @@ def accumulate(
 class _Sums:
     """The accumulators: Σ n_b g_b and its like, taken up as soon as a parameter's gradient exists."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], kinds: tuple[str, ...]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], kinds: tuple[str, ...]) -> None:
         for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(f"parameter {name!r} is on the meta device: load the weights before selecting.")
@@ -195,12 +195,12 @@ class _Sums:
         return self.tensors
 
 
-def _accumulator(parameter: nn.Parameter) -> Tensor:
+def _accumulator(parameter: Tensor) -> Tensor:
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
 
-def _loss_scale(loss: Tensor, parameters: Iterable[nn.Parameter]) -> float:
+def _loss_scale(loss: Tensor, parameters: Iterable[Tensor]) -> float:
     autocast = torch.is_autocast_enabled(loss.device.type) and torch.get_autocast_dtype(loss.device.type)
     half = autocast == torch.float16 or any(p.dtype == torch.float16 for p in parameters)
     return HALF_PRECISION_LOSS_SCALE if half else 1.0
@@ -219,7 +219,7 @@ def _check_loss(loss: Tensor, number: int) -> None:
 
 
 @contextmanager
-def _as_before(model: nn.Module, parameters: Mapping[str, nn.Parameter], train_mode: bool) -> Iterator[None]:
+def _as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: bool) -> Iterator[None]:
     """Give only `parameters` gradients and set the mode; put everything back at the end."""
     wanted = {id(parameter) for parameter in parameters.values()}
     everything = {id(p): p for p in (*model.parameters(), *parameters.values())}.values()

@@ -1,8 +1,4 @@
-"""A module plus its deltas.
-
-`SamLayer` is right for any module: it runs the module with its parameters replaced by θ + Δ. `SamLinear` replaces
-that by a cheaper product for linear layers. A new fast layer is one class and one row of `LAYERS`.
-"""
+"""A module plus its deltas: right for any module, which is run with its parameters replaced by θ + Δ."""
 
 from __future__ import annotations
 
@@ -13,12 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
 from peft_sam.delta import PendingAdapterError, SparseDelta, changed, delta_dtype
-from peft_sam.ops import compose, sparse_linear
-from peft_sam.owned import own_parameters
+from peft_sam.ops import compose
+from peft_sam.owned import is_plain, own_parameters, stored_parameters
 from peft_sam.substitute import call_with
 from peft_sam.support import check_support
 
@@ -27,6 +22,10 @@ TEST_INIT_STD = 0.02
 
 # Separates child and parameter in the key of a delta; module names cannot hold a dot.
 SEPARATOR = "/"
+
+
+def _prepare_after_loading(layer: SamLayer, _: Any) -> None:
+    layer.prepare()
 
 
 def _key(name: str) -> str:
@@ -53,11 +52,16 @@ class SamLayer(nn.Module, BaseTunerLayer):
         self._selecting = False
         # name of a parameter that another layer owns too → that layer and its name there, where the delta lives
         self._tied: dict[str, tuple[SamLayer, str]] = {}
+        # those that follow this one: layer, name there, name here
+        self._followers: list[tuple[SamLayer, str, str]] = []
+        self.register_load_state_dict_post_hook(_prepare_after_loading)
 
     # Adapters
 
     def tie(self, name: str, owner: SamLayer, there: str) -> None:
         """Take the deltas of parameter `name`, which `owner` owns as `there`, from that layer."""
+        if name not in self._tied:
+            owner._followers.append((self, name, there))
         self._tied[name] = (owner, there)
 
     def update_layer(self, adapter_name: str, entries: Mapping[str, int], inference_mode: bool = False) -> None:
@@ -73,7 +77,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         """Remove the delta of one parameter."""
         del self.sam_sparse_delta[adapter_name][_key(name)]  # type: ignore[operator]
 
-    def parameters_below(self) -> dict[str, nn.Parameter]:
+    def parameters_below(self) -> dict[str, Tensor]:
         """The parameters that deltas can change, by name relative to the innermost base layer."""
         return own_parameters(self.get_base_layer())
 
@@ -118,6 +122,29 @@ class SamLayer(nn.Module, BaseTunerLayer):
                     delta.values.copy_(values[name])
             deltas[_key(name)] = delta
         self.sam_sparse_delta[adapter_name] = deltas
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Derive now what the forward pass needs of the supports: inside torch.compile it would be too late."""
+        for adapter_name in self.sam_sparse_delta:
+            for name, delta in self.deltas(adapter_name).items():
+                if not delta.indices.is_meta and not delta.pending:
+                    self._prepare(name, delta)
+                    for layer, name_there, name_here in self._followers:
+                        if name_here == name:
+                            layer._prepare(name_there, delta)
+
+    def _prepare(self, name: str, delta: SparseDelta) -> None:
+        delta.checked_indices()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SamLayer:
+        super()._apply(fn, recurse)
+        self.prepare()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.prepare()
 
     def reset_values(self, adapter_name: str, generator: torch.Generator) -> None:
         """Small random deltas instead of zeros (`init_weights=False`)."""
@@ -166,7 +193,14 @@ class SamLayer(nn.Module, BaseTunerLayer):
         return {name: delta for name, delta in found.items() if delta is not None}
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
-        own, prefix = self.parameters_below(), self._path_to_innermost()
+        own, prefix = stored_parameters(self.get_base_layer()), self._path_to_innermost()
+        for name in changes:
+            if not is_plain(own[name]):
+                raise ValueError(
+                    f"{type(self.get_base_layer()).__name__}.{name} is quantised or offloaded, and only linear layers "
+                    "called with one argument can add a delta to their output. Leave the module out with "
+                    "exclude_modules, or keep it in memory in full precision."
+                )
         composed = {prefix + name: compose(own[name], deltas) for name, deltas in changes.items()}
         return call_with(self.base_layer, composed, args, kwargs)
 
@@ -190,9 +224,15 @@ class SamLayer(nn.Module, BaseTunerLayer):
             if adapter_name not in self.sam_sparse_delta:
                 continue
             own, merged, original = self.parameters_below(), {}, {}
+            stored = stored_parameters(self.get_base_layer())
             for name, delta in self.deltas(adapter_name).items():
                 if delta.pending:
                     raise PendingAdapterError(adapter_name, "merged")
+                if own[name] is not stored[name]:
+                    raise ValueError(
+                        f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape "
+                        f"{tuple(own[name].shape)} is quantised or offloaded. Merge into the full-precision model."
+                    )
                 original[name] = own[name].detach().take(delta.checked_indices())
                 merged[name] = changed(original[name], delta.values).detach()
                 if safe_merge and not torch.isfinite(merged[name]).all():
@@ -249,38 +289,6 @@ class SamLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "sam_sparse." + super().__repr__()
-
-
-class SamLinear(SamLayer):
-    """`nn.Linear` or transformers' `Conv1D`, by `sparse_linear` where the weight is plain and nobody watches."""
-
-    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.base_layer
-        if "weight" not in changes or len(args) != 1 or kwargs or args[0].ndim < 2 or not _is_bare(base):
-            return super()._forward_with(changes, *args, **kwargs)
-        bias = compose(base.bias, changes["bias"]) if "bias" in changes else base.bias
-        return sparse_linear(args[0], base.weight, bias, changes["weight"], isinstance(base, Conv1D))
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling `module` does no more than its class's forward with a frozen weight: no hooks, no patches."""
-    return not (
-        module.weight.requires_grad
-        or "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
-# forward function of a class of modules → the layer that computes the same faster
-LAYERS: dict[Any, type[SamLayer]] = {nn.Linear.forward: SamLinear, Conv1D.forward: SamLinear}
-
-
-def make_layer(module: nn.Module) -> SamLayer:
-    """The layer for `module`: the fast one if its forward is known, else the generic one."""
-    return LAYERS.get(type(module).forward, SamLayer)(module)
 
 
 @contextmanager

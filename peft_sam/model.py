@@ -14,8 +14,10 @@ from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
-from peft_sam.layer import SamLayer, make_layer
-from peft_sam.owned import own_parameters
+from peft_sam.layer import SamLayer
+from peft_sam.layers import make_layer
+from peft_sam.owned import own_parameters, stored_parameters
+from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
 from peft_sam.targets import base_modules, base_name, resolve_targets
 from peft_sam.ties import tie
@@ -86,7 +88,7 @@ class SamModel(BaseTuner):
 
         tie(model, adapter_name, wrap, config.counts)
         if config.selection is None and not config.needs_data:
-            selection = SamModel.chooser(candidates_of(model, adapter_name), config)
+            selection = SamModel.chooser(candidates_of(model, adapter_name, config.score), config)
             apply_selection(model, adapter_name, config, selection)
 
     def _inject_nested(self, model: nn.Module, adapter_name: str) -> None:
@@ -242,13 +244,24 @@ def _has_support(model: nn.Module, adapter_name: str) -> bool:
     return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
 
 
-def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The base parameters that a pending adapter can change, by name, in the base model's order."""
-    return {
-        f"{module}.{name}": layer.parameters_below()[name]
-        for module, layer in sam_layers(model).items()
-        for name in layer.deltas(adapter_name)
-    }
+def candidates_of(model: nn.Module, adapter_name: str, score: str | None = None) -> dict[str, Tensor]:
+    """The base parameters that a pending adapter can change, by name, in the base model's order.
+
+    Raises:
+        ValueError: if `score` looks at more than shapes, and a parameter is quantised or offloaded.
+    """
+    found: dict[str, Tensor] = {}
+    for module, layer in sam_layers(model).items():
+        own, stored = layer.parameters_below(), stored_parameters(layer.get_base_layer())
+        for name in layer.deltas(adapter_name):
+            found[f"{module}.{name}"] = own[name]
+            if score is not None and SCORES[score].reads_parameters and own[name] is not stored[name]:
+                raise ValueError(
+                    f"score {score!r} needs the weights or their gradients, but {module}.{name} is quantised or "
+                    'offloaded. Use score="random", or select on the full-precision model in memory and pass the '
+                    "result: select_parameters(model, selection=...)."
+                )
+    return found
 
 
 def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, selection: Selection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from peft_sam.delta import SparseDelta, changed
-from peft_sam.plan import Block, Plan, plan_linear
-
-# Multiplications of a dense product that take as long as moving one number through memory.
-PRODUCTS_PER_MOVE = 16
+from peft_sam.plan import Chunk, Plan, plan_linear, way_to_multiply
+from peft_sam.products import add_blocks, add_blocks_adjoint, add_entries, value_gradient
+from peft_sam.scratch import scratch
 
 
 def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
@@ -31,34 +30,37 @@ def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[SparseDelta], transposed: bool
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    deltas: Sequence[SparseDelta],
+    bias_deltas: Sequence[SparseDelta],
+    transposed: bool,
 ) -> Tensor:
-    """y = x (W + Σ Δ)ᵀ + b for a frozen W of shape (out, in), or (in, out) when `transposed`.
+    """y = x (W + Σ Δ)ᵀ + b + Σ δ for a frozen W of shape (out, in), or (in, out) when `transposed`.
 
     Args:
         x: (..., in), with at least one leading dimension.
+        weight: W, or None for a product with Σ Δ alone.
         bias: (out,) or None; may require gradients.
+        deltas: of W, at least one.
+        bias_deltas: of b; empty without one.
 
-    Two forms, by what moves less memory (`composes`): many tokens multiply with W + Σ Δ, composed for the moment of
-    the product; few tokens multiply with W, and the product with Δ is added. Gradients: dx in the same form; of each
-    Δ's values (dyᵀ x) at its support, from the rows of dy and the columns of x that the support touches. Only those
-    columns of x are saved. Under autocast the products are in its dtype.
+    Many tokens are multiplied with W + Σ Δ, composed for the moment of the product; fewer with W, and the products
+    with Δ are added (`way_to_multiply`). Gradients: dx in the same way; of each Δ's values (dyᵀ x) at its support,
+    in the form of its plan. Only what that form needs of x is saved. Under autocast the products are in its dtype.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    places = (*(delta.indices for delta in deltas), *(delta.checked_indices() for delta in bias_deltas))
+    values = (*(delta.values for delta in deltas), *(delta.values for delta in bias_deltas))
     plans = tuple(plan_linear(delta, transposed) for delta in deltas)
-    places = tuple(delta.indices for delta in deltas)
-    with torch.autocast(x.device.type, enabled=False):
-        return _SparseLinear.apply(x, weight, bias, transposed, plans, places, *(delta.values for delta in deltas))
-
-
-def composes(tokens: int, weight: Tensor, plans: Sequence[Plan]) -> bool:
-    """Whether copying W moves less memory than gathering and adding the products with Δ, for so many tokens."""
-    area = sum(plan.area for plan in plans)
-    adding = tokens * (2 * sum(plan.touched for plan in plans) + area / PRODUCTS_PER_MOVE) + 2 * area
-    return 2 * weight.numel() <= adding
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _SparseLinear.apply(x, weight, bias, plans, places, *values)
+    if torch.is_grad_enabled():
+        return _SparseLinear.apply(x, weight, bias, plans, places, *values)
+    kept = [None] * len(plans)
+    return _linear(x.flatten(0, -2), weight, bias, plans, kept, places, values).view(*x.shape[:-1], -1)
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -68,90 +70,132 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         bias: Tensor | None,
-        transposed: bool,
         plans: tuple[Plan, ...],
         places: tuple[Tensor, ...],
         *values: Tensor,
     ) -> Tensor:
-        tokens = x.flatten(0, -2)
-        inputs = [tokens if p.columns is None else tokens.index_select(1, p.columns) for p in plans]
-        composed = composes(len(tokens), weight, plans)
-        ctx.plans, ctx.places, ctx.transposed, ctx.composed = plans, places, transposed, composed
-        if composed:
-            ctx.save_for_backward(weight, *values, *inputs)
-            return F.linear(x, _oriented(_composed(weight, values, places, x.dtype), transposed), bias)
-        dense = [[_dense(block, value, x.dtype) for block in p.blocks] for p, value in zip(plans, values, strict=True)]
-        ctx.save_for_backward(weight, *values, *inputs, *(block for blocks in dense for block in blocks))
-        y = F.linear(tokens, _oriented(weight.to(x.dtype), transposed), bias)
-        for plan, blocks, columns in zip(plans, dense, inputs, strict=True):
-            for block, delta in zip(plan.blocks, blocks, strict=True):
-                added = columns[:, block.start : block.stop] @ delta.t()
-                y = y.add_(added) if block.rows is None else y.index_add_(1, block.rows, added)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        tokens, number = x.flatten(0, -2), len(plans)
+        ctx.plans, ctx.places = plans, places
+        needed = ctx.needs_input_grad[5:]
+        kept = [plan.keep(tokens) if need else None for plan, need in zip(plans, needed[:number], strict=True)]
+        ctx.save_for_backward(weight, *values, *kept)
+        return _linear(tokens, weight, bias, plans, kept, places, values).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *rest = ctx.saved_tensors
-        plans, number = ctx.plans, len(ctx.plans)
-        values, inputs, dense = rest[:number], rest[number : 2 * number], iter(rest[2 * number :])
-        needs_x, _, needs_bias, _, _, _, *needs = ctx.needs_input_grad
+        plans, places, number = ctx.plans, ctx.places, len(ctx.plans)
+        weight, *saved = ctx.saved_tensors
+        values, kept = saved[: len(places)], saved[len(places) :]
+        needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
         tokens = grad.flatten(0, -2)
-        picked = [
-            [tokens if block.rows is None else tokens.index_select(1, block.rows) for block in plan.blocks]
-            for plan in plans
+        grad_x = grad_bias = None
+        if needs_x:
+            grad_x = _adjoint(tokens, weight, plans, places, values).view(*grad.shape[:-1], -1)
+        if needs_bias or any(needs[number:]):
+            grad_bias = tokens.sum(0)
+        grads: list[Tensor | None] = [
+            None if x is None else value_gradient(plan, x, tokens, value.dtype)
+            for plan, x, value in zip(plans, kept, values[:number], strict=True)
         ]
-        grad_x = None
-        if needs_x and ctx.composed:
-            grad_x = grad @ _oriented(_composed(weight, values, ctx.places, grad.dtype), ctx.transposed)
-        elif needs_x:
-            grad_x = tokens @ _oriented(weight.to(grad.dtype), ctx.transposed)
-            for plan, rows in zip(plans, picked, strict=True):
-                parts = [block_rows @ next(dense) for block_rows in rows]
-                added = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-                grad_x = grad_x.add_(added) if plan.columns is None else grad_x.index_add_(1, plan.columns, added)
-            grad_x = grad_x.view(*grad.shape[:-1], grad_x.shape[-1])
-        grads = [
-            _gradient(plan, rows, columns, value) if needed else None
-            for plan, rows, columns, value, needed in zip(plans, picked, inputs, values, needs, strict=True)
-        ]
-        return (grad_x, None, tokens.sum(0) if needs_bias else None, None, None, None, *grads)
+        for place, value, need in zip(places[number:], values[number:], needs[number:], strict=True):
+            grads.append(grad_bias.index_select(0, place).to(value.dtype) if need else None)  # type: ignore[union-attr]
+        return (grad_x, None, grad_bias if needs_bias else None, None, None, *grads)
 
 
-def _gradient(plan: Plan, picked: Sequence[Tensor], columns: Tensor, values: Tensor) -> Tensor:
-    """(dyᵀ x) at the support: one small dense product per block, read at the entries' places."""
-    found = []
-    for block, rows in zip(plan.blocks, picked, strict=True):
-        part = columns[:, block.start : block.stop]
-        product = part.t() @ rows if block.tall else rows.t() @ part
-        found.append(product.flatten().index_select(0, block.local))
-    if plan.order is None:
-        return found[0].to(values.dtype)
-    return torch.cat(found).index_select(0, plan.order).to(values.dtype)
-
-
-def _dense(block: Block, values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The block of Δ as a dense (rows × columns) matrix."""
-    inside = values if block.entries is None else values.index_select(0, block.entries)
-    width = block.stop - block.start
-    flat = inside.new_zeros(block.height * width).index_copy_(0, block.local, inside).to(dtype)
-    return flat.view(width, block.height).t() if block.tall else flat.view(block.height, width)
-
-
-def _composed(weight: Tensor, values: Sequence[Tensor], places: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """W + Σ Δ of `dtype`; each sum is rounded to W's dtype, as in `compose`."""
-    composed = weight.clone(memory_format=torch.contiguous_format)
-    flat = composed.view(-1)
-    for value, indices in zip(values, places, strict=True):
-        if value.dtype == flat.dtype:
-            flat.index_add_(0, indices, value)
+def _linear(
+    tokens: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    plans: Sequence[Plan],
+    kept: Sequence[Tensor | None],
+    places: Sequence[Tensor],
+    values: Sequence[Tensor],
+) -> Tensor:
+    """x (W + Σ Δ)ᵀ + b + Σ δ; the places and values of W come before those of b."""
+    transposed, way = plans[0].transposed, way_to_multiply(plans, len(tokens), weight)
+    if bias is not None:
+        if len(places) > len(plans):
+            bias = bias.clone()
+        for place, value in zip(places[len(plans) :], values[len(plans) :], strict=True):
+            _add(bias, place, value)
+        bias = bias.to(tokens.dtype)
+    if way == "compose":
+        parts = _composed(weight, plans, places, values, tokens.dtype)
+        return _summed(tokens, parts, bias) if transposed else _split(tokens, parts, bias)
+    if weight is None:
+        y = tokens.new_zeros(len(tokens), plans[0].shape[1 if transposed else 0])
+    else:
+        y = F.linear(tokens, (weight.t() if transposed else weight).to(tokens.dtype), bias)
+    for plan, columns, value in zip(plans, kept, values, strict=False):
+        if way == "entries":
+            add_entries(y, tokens, plan.row, plan.column, value)
         else:
-            flat.index_copy_(0, indices, changed(flat.index_select(0, indices), value))
-    return composed.to(dtype)
+            add_blocks(y, plan, plan.keep(tokens) if columns is None else columns, value)
+    return y
 
 
-def _oriented(weight: Tensor, transposed: bool) -> Tensor:
-    """The weight as (out, in)."""
-    return weight.t() if transposed else weight
+def _adjoint(
+    grad: Tensor, weight: Tensor | None, plans: Sequence[Plan], places: Sequence[Tensor], values: Sequence[Tensor]
+) -> Tensor:
+    """grad (W + Σ Δ)."""
+    transposed, way = plans[0].transposed, way_to_multiply(plans, len(grad), weight)
+    if way == "compose":
+        parts = _composed(weight, plans, places, values, grad.dtype)
+        return _split(grad, parts, None) if transposed else _summed(grad, parts, None)
+    if weight is None:
+        x = grad.new_zeros(len(grad), plans[0].shape[0 if transposed else 1])
+    else:
+        x = grad @ (weight.t() if transposed else weight).to(grad.dtype)
+    for plan, value in zip(plans, values, strict=False):
+        if way == "entries":
+            add_entries(x, grad, plan.column, plan.row, value)
+        else:
+            add_blocks_adjoint(x, plan, grad, value)
+    return x
+
+
+def _composed(
+    weight: Tensor | None, plans: Sequence[Plan], places: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """W + Σ Δ of `dtype`, one chunk of the workspace's size at a time; sums are rounded as in `compose`."""
+    whole, width = len(plans[0].chunks) == 1, plans[0].shape[1]
+    for number, chunk in enumerate(plans[0].chunks):
+        flat = scratch((chunk.stop - chunk.start) * width, values[0] if weight is None else weight)
+        part = flat.view(-1, width)
+        if weight is None:
+            part.zero_()
+        else:
+            part.copy_(weight if whole else weight[chunk.start : chunk.stop])
+        for plan, place, value in zip(plans, places, values, strict=False):
+            if not whole:
+                entries = slice(plan.chunks[number].low, plan.chunks[number].high)
+                place, value = place[entries] - chunk.start * width, value[entries]
+            _add(flat, place, value)
+        yield chunk, part.to(dtype)
+
+
+def _add(entries: Tensor, place: Tensor, values: Tensor) -> None:
+    """Add Δ to a copy of a flat parameter, with the bits of `changed`."""
+    if values.dtype == entries.dtype:
+        entries.index_add_(0, place, values)
+    else:
+        entries.index_copy_(0, place, changed(entries.index_select(0, place), values))
+
+
+def _split(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b, from chunks of W's rows."""
+    found = [F.linear(tokens, part, bias if bias is None else bias[chunk.start : chunk.stop]) for chunk, part in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _summed(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], bias: Tensor | None) -> Tensor:
+    """x W + b, from chunks of W's rows."""
+    y: Tensor | None = None
+    for chunk, part in parts:
+        columns = tokens[:, chunk.start : chunk.stop]
+        y = F.linear(columns, part.t(), bias) if y is None else y.addmm_(columns, part)
+    assert y is not None
+    return y

@@ -2,15 +2,62 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 # Children whose parameters a module reads without calling them: they are candidates of the module itself.
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
 
-def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included."""
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included.
+
+    For a weight that is packed (quantised) or elsewhere (offloaded) a stand-in tells shape, dtype and device.
+    """
+    return {name: p if is_plain(p) else _stand_in(module, p) for name, p in stored_parameters(module).items()}
+
+
+def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The same parameters as they are stored."""
     own = dict(module.named_parameters(recurse=False))
     for child in READ_NOT_CALLED.get(type(module), ()):
         own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
     return own
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the numbers of a parameter can be read and added to: dense floats in this process's memory."""
+    return (
+        type(tensor) in (nn.Parameter, Tensor)
+        and tensor.is_floating_point()
+        and tensor.element_size() > 1
+        and not tensor.is_meta
+    )
+
+
+def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
+    device, shape, dtype = parameter.device, parameter.shape, parameter.dtype
+    if parameter.is_meta:
+        hook: Any = getattr(module, "_hf_hook", None)
+        if hook is None:
+            return parameter  # not loaded yet
+        device = torch.device(hook.execution_device)  # Accelerate brings it there when the module runs
+    if not dtype.is_floating_point:
+        if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+            return parameter
+        shape, dtype = torch.Size((module.out_features, module.in_features)), torch.float32
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling `module` does no more than its class's forward with a frozen weight: no hooks, no patches."""
+    return not (
+        module.weight.requires_grad
+        or "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

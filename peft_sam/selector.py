@@ -88,7 +88,7 @@ def select_parameters(
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapter_name, config = _pending_adapter(model, adapter_name)
     if selection is None:
-        candidates = candidates_of(model, adapter_name)
+        candidates = candidates_of(model, adapter_name, config.score)
         found = None
         if needed := SCORES[config.score].statistics:
             source_of_batches = (

@@ -70,7 +70,7 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> None:
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"parameter {base_name(name)}.{parameter_name} is {parameter.dtype} and cannot take a delta: "
-                    "quantised weights are not supported. Load the base model without quantisation, or leave the "
+                    "only linear layers may be quantised. Load the base model without quantisation, or leave the "
                     f"module out with exclude_modules. {_what_could_be(modules)}"
                 )
 

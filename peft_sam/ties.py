@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from peft_sam.layer import SamLayer
-from peft_sam.owned import own_parameters
+from peft_sam.owned import stored_parameters
 from peft_sam.targets import base_modules, base_name
 
 
@@ -29,7 +29,7 @@ def shared_parameters(model: nn.Module) -> list[list[Place]]:
     """The places of each parameter that has several; the first gives the parameter its name."""
     places: dict[int, list[Place]] = defaultdict(list)
     for name, module in base_modules(model):
-        for parameter_name, parameter in own_parameters(module).items():
+        for parameter_name, parameter in stored_parameters(module).items():
             places[id(parameter)].append(Place(name, parameter_name))
     return [found for found in places.values() if len(found) > 1]
 

@@ -12,7 +12,23 @@ PACKAGE = Path(peft_sam.__file__).parent
 # From the ground up; a file imports only from floors below its own. The two wings share no floor.
 GROUND = ["_peft", "support", "scores", "selection", "config"]
 CHOOSING = ["threshold", "gradients", "choosing"]
-ADAPTING = ["delta", "substitute", "owned", "plan", "ops", "layer", "targets", "ties", "checkpoint", "model"]
+ADAPTING = [
+    "delta",
+    "substitute",
+    "owned",
+    "scratch",
+    "plan",
+    "products",
+    "ops",
+    "layer",
+    "linear",
+    "embedding",
+    "layers",
+    "targets",
+    "ties",
+    "checkpoint",
+    "model",
+]
 STAIRS = ["card", "report", "selector", "__init__"]
 
 

@@ -11,16 +11,32 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_sam import ops
+from peft_sam import ops, plan, products
 from peft_sam.delta import SparseDelta
-from peft_sam.ops import compose, composes, sparse_linear
-from peft_sam.plan import plan_linear
+from peft_sam.ops import compose, sparse_linear
+from peft_sam.plan import Plan, make_plan, plan_linear, way_to_multiply
 from tests.reference import dense_delta
 
 
 def make_delta(shape: tuple[int, int], positions: list[int], dtype: torch.dtype = torch.float64) -> SparseDelta:
     indices = torch.tensor(sorted(set(positions)), dtype=torch.int64)
     return SparseDelta(torch.Size(shape), indices, torch.randn(len(indices), dtype=dtype))
+
+
+def in_form(delta: SparseDelta, transposed: bool, form: str) -> Plan:
+    """The plan of `delta` when one form costs nothing and the others all there is."""
+    free = {"submatrix": {"GATHER": 0, "SAMPLED": 10**9}, "sampled": {"GATHER": 0, "SAMPLED": 0}, "chunked": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in free[form].items():
+            patch.setattr(plan, name, value)
+        if form == "chunked":
+            patch.setattr(plan, "GATHER", 10**9)
+        made = make_plan(delta, transposed)
+    if made.form != form:  # a support of the whole matrix costs the same in all forms
+        rows = torch.arange(delta.shape[0] + 1)
+        starts = torch.searchsorted(delta.indices // delta.shape[1], rows).int()
+        made = made._replace(form=form, columns=None, blocks=(), order=None, starts=starts)
+    return made
 
 
 @st.composite
@@ -41,7 +57,7 @@ def test_sparse_linear_equals_the_dense_product(problem: tuple[Tensor, Tensor, l
     dense = weight + sum(dense_delta(delta) for delta in deltas)
     bias = torch.randn(weight.shape[1 if transposed else 0], dtype=torch.float64)
     expected = F.linear(x, dense.t() if transposed else dense, bias)
-    torch.testing.assert_close(sparse_linear(x, weight, bias, deltas, transposed), expected)
+    torch.testing.assert_close(sparse_linear(x, weight, bias, deltas, (), transposed), expected)
 
 
 @given(linear_problems())
@@ -58,7 +74,7 @@ def test_sparse_linear_has_the_gradients_of_the_dense_product(
     )
     values = [delta.values for delta in deltas]
     got = torch.autograd.grad(
-        (sparse_linear(x, weight, bias, deltas, transposed) * direction).sum(), (x, bias, *values)
+        (sparse_linear(x, weight, bias, deltas, (), transposed) * direction).sum(), (x, bias, *values)
     )
     torch.testing.assert_close(got[:2], expected[:2])
     for delta, grad in zip(deltas, got[2:], strict=True):
@@ -77,7 +93,7 @@ def test_sparse_linear_passes_gradcheck(transposed: bool) -> None:
         moved = SparseDelta(delta.shape, delta.indices, torch.zeros(0))
         del moved.values
         moved.values = values
-        return sparse_linear(x, weight, bias, [moved], transposed)
+        return sparse_linear(x, weight, bias, [moved], (), transposed)
 
     assert torch.autograd.gradcheck(product, (x, bias, delta.values.detach().requires_grad_()))
 
@@ -86,7 +102,7 @@ def test_sparse_linear_passes_gradcheck(transposed: bool) -> None:
 def test_the_product_and_its_adjoint_agree(problem: tuple[Tensor, Tensor, list[SparseDelta], bool]) -> None:
     x, weight, deltas, transposed = problem
     x.requires_grad_()
-    y = sparse_linear(x, weight, None, deltas, transposed)
+    y = sparse_linear(x, weight, None, deltas, (), transposed)
     other = torch.randn_like(y)
     (adjoint,) = torch.autograd.grad(y, x, other)
     torch.testing.assert_close((y * other).sum(), (x * adjoint).sum())
@@ -98,10 +114,9 @@ def test_only_the_touched_columns_of_the_input_are_saved() -> None:
     x = torch.randn(10, 64, dtype=torch.float64, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         weight = torch.randn(16, 64, dtype=torch.float64)
-        sparse_linear(x, weight, None, [delta], False)
+        sparse_linear(x, weight, None, [delta], (), False)
     activations = [t for t in saved if t.is_floating_point() and t.shape != weight.shape and t is not delta.values]
-    blocks = plan_linear(delta, transposed=False).area
-    assert sum(t.numel() for t in activations) <= 10 * 2 + len(delta.values) + blocks < x.numel()
+    assert sum(t.numel() for t in activations) == 10 * 2 < x.numel()
 
 
 @given(linear_problems())
@@ -110,29 +125,30 @@ def test_the_blocks_of_a_plan_hold_every_entry_once_at_its_place(
 ) -> None:
     _, weight, deltas, transposed = problem
     for delta in deltas:
-        plan = plan_linear(delta, transposed)
+        found = in_form(delta, transposed, "submatrix")
         rebuilt = torch.zeros_like(weight.t() if transposed else weight)
-        columns = torch.arange(rebuilt.shape[1]) if plan.columns is None else plan.columns
-        assert plan.width == len(columns) == len(set(columns.tolist()))
-        for block in plan.blocks:
+        columns = torch.arange(rebuilt.shape[1]) if found.columns is None else found.columns
+        assert found.blocks[-1].stop == len(columns) == len(set(columns.tolist()))
+        for block in found.blocks:
             rows = torch.arange(len(rebuilt)) if block.rows is None else block.rows
             assert len(rows) == block.height
             place = rows[:, None], columns[block.start : block.stop]
             assert not bool(rebuilt[place].any())
-            rebuilt[place] = ops._dense(block, delta.values.detach(), weight.dtype)
+            rebuilt[place] = products.dense_block(block, delta.values.detach(), weight.dtype)
         assert torch.equal(rebuilt.t() if transposed else rebuilt, dense_delta(delta))
-        assert plan.area <= rebuilt.numel()
+        assert found.area <= rebuilt.numel()
 
 
 def test_a_dense_column_and_scattered_entries_make_two_small_blocks() -> None:
     rows, columns = 512, 400
     positions = [row * columns + 7 for row in range(rows)] + [row * columns + row * 3 for row in range(60)]
-    plan = plan_linear(make_delta((rows, columns), positions), transposed=False)
-    assert plan.columns is not None
-    assert plan.columns[0] == 7
-    assert [block.height for block in plan.blocks] == [512, 60]
-    assert plan.area < 512 + 60 * 61
-    assert str(plan) == f"Plan(512 x 1 + 60 x {plan.width - 1})"
+    found = plan_linear(make_delta((rows, columns), positions), transposed=False)
+    assert found.columns is not None
+    assert found.columns[0] == 7
+    assert found.columns[1:].tolist() == sorted(found.columns[1:].tolist())
+    assert [block.height for block in found.blocks] == [512, 60]
+    assert found.area < 512 + 60 * 61
+    assert str(found) == f"submatrix 512 x 1 + 60 x {len(found.columns) - 1}"
 
 
 def test_the_plan_follows_the_support_when_it_changes_in_place() -> None:
@@ -143,26 +159,73 @@ def test_the_plan_follows_the_support_when_it_changes_in_place() -> None:
     assert plan_linear(delta, transposed=False).blocks[0].rows.tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("composed", [True, False])
+@pytest.mark.parametrize("workspace", [1, 7, plan.WORKSPACE])
+@pytest.mark.parametrize("way", ["compose", "entries", "blocks"])
+@pytest.mark.parametrize("form", list(products.GRADIENTS))
 @given(problem=linear_problems())
-def test_both_forms_agree_with_the_dense_product(
-    composed: bool, problem: tuple[Tensor, Tensor, list[SparseDelta], bool]
+def test_every_form_agrees_with_the_dense_product(
+    form: str, way: str, workspace: int, problem: tuple[Tensor, Tensor, list[SparseDelta], bool]
 ) -> None:
     x, weight, deltas, transposed = problem
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "composes", lambda *_: composed)
+        patch.setattr(plan, "WORKSPACE", workspace)
+        patch.setattr(ops, "way_to_multiply", lambda plans, *_: way if all(p.blocks for p in plans) else "compose")
+        patch.setattr(ops, "plan_linear", lambda delta, transposed: in_form(delta, transposed, form))
         test_sparse_linear_equals_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
         test_sparse_linear_has_the_gradients_of_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
+        test_a_product_without_a_weight_is_that_of_the_deltas.hypothesis.inner_test((x, weight, deltas, transposed))
 
 
-def test_few_tokens_add_and_many_tokens_compose() -> None:
-    weight = torch.zeros(256, 256)
-    delta = make_delta((256, 256), [row * 256 + 3 for row in range(40)])
-    plans = [plan_linear(delta, transposed=False)]
-    assert not composes(1, weight, plans)
-    assert composes(100_000, weight, plans)
-    scattered = make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist())
-    assert composes(1, weight, [plan_linear(scattered, transposed=False)])
+@given(linear_problems())
+def test_a_product_without_a_weight_is_that_of_the_deltas(
+    problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
+) -> None:
+    x, weight, deltas, transposed = problem
+    values, zeros = [delta.values for delta in deltas], torch.zeros_like(weight)
+    direction = torch.randn(*x.shape[:-1], weight.shape[1 if transposed else 0], dtype=x.dtype)
+    x = x.detach().requires_grad_()
+    y, expected = (sparse_linear(x, w, None, deltas, (), transposed) for w in (None, zeros))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, *values), direction), torch.autograd.grad(expected, (x, *values), direction)
+    )
+
+
+def test_a_clustered_support_is_multiplied_in_blocks_and_a_scattered_one_is_sampled() -> None:
+    clustered = make_delta((256, 256), [row * 256 + 3 for row in range(40)])
+    scattered = make_delta((256, 256), torch.randperm(256 * 256)[:300].tolist())
+    crowded = make_delta((256, 256), list(range(256 * 256)))
+    forms = [plan_linear(delta, transposed=False).form for delta in (clustered, scattered, crowded)]
+    assert forms == ["submatrix", "sampled", "submatrix"]
+    assert len(plan_linear(crowded, transposed=False).blocks) == 1
+
+
+def test_the_way_to_multiply_follows_what_can_be_read_and_how_many_tokens_there_are() -> None:
+    clustered = [plan_linear(make_delta((256, 256), [row * 256 + 3 for row in range(40)]), transposed=False)]
+    scattered = [plan_linear(make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist()), transposed=False)]
+    assert way_to_multiply(clustered, 1, torch.zeros(256, 256)) == "compose"
+    elsewhere = torch.zeros(256, 256, device="meta")
+    assert [way_to_multiply(clustered, tokens, elsewhere) for tokens in (1, 10_000)] == ["entries", "compose"]
+    assert [way_to_multiply(clustered, tokens, None) for tokens in (1, 10_000)] == ["blocks", "blocks"]
+    assert [way_to_multiply(scattered, tokens, None) for tokens in (1, 10_000)] == ["entries", "compose"]
+
+
+def test_no_dense_copy_is_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "WORKSPACE", 64)
+    chunks = make_plan(make_delta((50, 20), [0, 59, 60, 999]), transposed=False).chunks
+    assert [(c.stop - c.start) * 20 for c in chunks] == [60] * 16 + [40]
+    assert [(c.low, c.high) for c in chunks if c.low < c.high] == [(0, 2), (2, 3), (3, 4)]
+    assert len(make_plan(make_delta((3, 100), [5]), transposed=False).chunks) == 3
+
+
+def test_nothing_dense_is_kept_for_backward_of_a_scattered_support() -> None:
+    weight, x = torch.randn(64, 64), torch.randn(10, 64, requires_grad=True)
+    delta = make_delta((64, 64), torch.randperm(64 * 64)[:200].tolist(), torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        sparse_linear(x, weight, None, [delta], (), False)
+    known = {t.untyped_storage().data_ptr() for t in (weight, x, delta.values)}
+    assert {t.untyped_storage().data_ptr() for t in saved} == known
 
 
 def test_a_support_out_of_range_never_reaches_a_product() -> None:
@@ -170,7 +233,7 @@ def test_a_support_out_of_range_never_reaches_a_product() -> None:
     with pytest.raises(ValueError, match="position 4"):
         compose(torch.zeros(2, 2), [delta])
     with pytest.raises(ValueError, match="position 4"):
-        sparse_linear(torch.zeros(1, 2), torch.zeros(2, 2), None, [delta], False)
+        sparse_linear(torch.zeros(1, 2), torch.zeros(2, 2), None, [delta], (), False)
 
 
 def test_the_half_precision_sum_is_rounded_once() -> None:

@@ -1,0 +1,104 @@
+"""Embeddings: only the rows that a batch looks up are changed, and only they get a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from peft_sam.delta import SparseDelta
+from peft_sam.layer import SamLayer
+from peft_sam.owned import is_bare, is_plain
+
+
+class Rows(NamedTuple):
+    """The entries of a Δ by rows.
+
+    starts: where the entries of each row start, and their number last.
+    column: of each entry.
+    longest: how many entries the fullest row has.
+    """
+
+    starts: Tensor
+    column: Tensor
+    longest: int
+
+    def entries(self, ids: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+        """For each id the numbers of its row's entries, (ids × longest), and which of them there are."""
+        first, stop = self.starts[ids, None], self.starts[ids + 1, None]
+        entry = first + torch.arange(self.longest, device=ids.device)
+        inside = entry < stop
+        if padding is not None:
+            inside = inside & (ids != padding)[:, None]
+        return entry.clamp(max=len(self.column) - 1), inside
+
+
+def rows_of(delta: SparseDelta) -> Rows:
+    """The entries of `delta`, a change of a (vocabulary × width) matrix, by rows; made once per support."""
+
+    def make(indices: Tensor) -> Rows:
+        row, column = indices // delta.shape[1], indices % delta.shape[1]
+        starts = torch.searchsorted(row, torch.arange(delta.shape[0] + 1, device=row.device))
+        return Rows(starts, column, int(starts.diff().max()))
+
+    delta.checked_indices()
+    rows: Rows = delta.derive("rows", make)
+    return rows
+
+
+def sparse_embedding(ids: Tensor, weight: Tensor, deltas: Sequence[SparseDelta], padding: int | None) -> Tensor:
+    """Rows `ids` of W + Σ Δ for a frozen W of shape (vocabulary, width): (..., width) for ids of shape (...).
+
+    The sums have the bits that merging gives. Gradient of each Δ's values: the sum over the places that look the
+    entry's row up; none through the row `padding`, as in torch.nn.functional.embedding.
+    """
+    rows = tuple(rows_of(delta) for delta in deltas)
+    y: Tensor = _SparseEmbedding.apply(ids.flatten(), weight, padding, rows, *(delta.values for delta in deltas))
+    return y.view(*ids.shape, weight.shape[1])
+
+
+class _SparseEmbedding(torch.autograd.Function):
+    """`sparse_embedding` for 1-D ids."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, weight: Tensor, padding: int | None, rows: tuple[Rows, ...], *values: Tensor
+    ) -> Tensor:
+        ctx.padding, ctx.rows, ctx.dtypes = padding, rows, [value.dtype for value in values]
+        ctx.save_for_backward(ids)
+        y = F.embedding(ids, weight)
+        for of, value in zip(rows, values, strict=True):
+            entry, inside = of.entries(ids, None)
+            added = value[entry].masked_fill_(~inside, 0)
+            y = y.to(value.dtype).scatter_add_(1, of.column[entry], added).to(weight.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        grads = []
+        for of, dtype in zip(ctx.rows, ctx.dtypes, strict=True):
+            entry, inside = of.entries(ids, ctx.padding)
+            found = grad.gather(1, of.column[entry]).to(dtype).masked_fill_(~inside, 0)
+            grads.append(found.new_zeros(len(of.column)).index_add_(0, entry.flatten(), found.flatten()))
+        return (None, None, None, None, *grads)
+
+
+class SamEmbedding(SamLayer):
+    """`nn.Embedding`, by `sparse_embedding` where the table is plain, frozen and nobody watches the module."""
+
+    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+        base: Any = self.base_layer
+        special = base.max_norm is not None or base.sparse or base.scale_grad_by_freq
+        if len(args) != 1 or kwargs or special or not is_plain(base.weight) or not is_bare(base):
+            return super()._forward_with(changes, *args, **kwargs)
+        return sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)
+
+    def _prepare(self, name: str, delta: SparseDelta) -> None:
+        super()._prepare(name, delta)
+        rows_of(delta)

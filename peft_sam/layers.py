@@ -1,0 +1,27 @@
+"""Which layer adapts which module. A new fast layer is one class and one row of `LAYERS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sam.embedding import SamEmbedding
+from peft_sam.layer import SamLayer
+from peft_sam.linear import SamLinear
+from peft_sam.owned import is_plain
+
+# forward function of a class of modules → the layer that computes the same faster
+LAYERS: dict[Any, type[SamLayer]] = {
+    nn.Linear.forward: SamLinear,
+    Conv1D.forward: SamLinear,
+    nn.Embedding.forward: SamEmbedding,
+}
+
+
+def make_layer(module: nn.Module) -> SamLayer:
+    """The layer for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
+    if isinstance(module, nn.Linear) and not is_plain(module.weight):
+        return SamLinear(module)
+    return LAYERS.get(type(module).forward, SamLayer)(module)

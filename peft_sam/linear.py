@@ -1,0 +1,64 @@
+"""Linear layers, by products that neither keep a copy of the weight nor compute its dense gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from peft_sam.delta import SparseDelta
+from peft_sam.layer import SamLayer
+from peft_sam.ops import sparse_linear
+from peft_sam.owned import is_bare, is_plain
+from peft_sam.plan import plan_linear
+
+
+class SamLinear(SamLayer):
+    """`nn.Linear`, its quantised kin, or transformers' `Conv1D`.
+
+    By `sparse_linear` where the weight can be read and nobody watches the module. Where it cannot be read (quantised,
+    offloaded, sharded) the module runs as it is, and the products with the deltas are added to its output.
+    """
+
+    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+        base: Any = self.base_layer
+        if len(args) != 1 or kwargs:
+            return super()._forward_with(changes, *args, **kwargs)
+        weight = self.get_base_layer().weight
+        if not is_plain(weight):
+            return self._added_to_output(changes, args[0])
+        if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
+            return super()._forward_with(changes, *args)
+        return sparse_linear(
+            args[0], weight, base.bias, changes["weight"], changes.get("bias", ()), isinstance(base, Conv1D)
+        )
+
+    def _added_to_output(self, changes: Mapping[str, list[SparseDelta]], x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        if "weight" in changes:
+            x = x.to(y.device, y.dtype)
+            added = sparse_linear(x if x.ndim > 1 else x[None], None, None, changes["weight"], (), self._transposed())
+            y = y + added.to(y.dtype).view(y.shape)
+        for delta in changes.get("bias", ()):
+            y = y.index_add(-1, delta.checked_indices(), delta.values.to(y.dtype).expand(*y.shape[:-1], -1))
+        return y
+
+    def _transposed(self) -> bool:
+        return isinstance(self.get_base_layer(), Conv1D)
+
+    def _prepare(self, name: str, delta: SparseDelta) -> None:
+        super()._prepare(name, delta)
+        if name == "weight":
+            plan_linear(delta, self._transposed())
+
+    def extra_repr(self) -> str:
+        """How the products of each adapter are computed."""
+        deltas = {name: self.deltas(name).get("weight") for name in self.sam_sparse_delta}
+        plans = [
+            f"{name}: {plan_linear(delta, self._transposed())}"
+            for name, delta in deltas.items()
+            if delta is not None and not delta.pending and not delta.indices.is_meta
+        ]
+        return ", ".join(plans)

@@ -1,0 +1,163 @@
+"""Laws of linear layers whose weight cannot be read: packed, on disk, or in pieces."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+from peft_sam import SamConfig, SamLayer, select_parameters
+from tests.cases import Sequential, bert
+from tests.reference import adapted_copy
+
+CONFIG: dict[str, Any] = {"score": "random", "density": 0.2, "init_weights": False}
+
+
+def adapted(base: nn.Module, **options: Any) -> Any:
+    return get_peft_model(base, SamConfig(target_modules="all-linear", **CONFIG, **options))
+
+
+def with_hidden_weight(model: Any) -> Any:
+    """A copy whose linear weights are of a tensor class that nobody knows."""
+
+    class Hidden(Tensor):
+        pass
+
+    hidden = copy.deepcopy(model)
+    for layer in hidden.modules():
+        if isinstance(layer, SamLayer):
+            base: Any = layer.base_layer
+            base.weight = nn.Parameter(base.weight.detach().as_subclass(Hidden), requires_grad=False)
+    return hidden
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 400, 8)])
+def test_a_hidden_weight_gives_the_outputs_and_gradients_of_a_plain_one(shape: tuple[int, ...]) -> None:
+    model = adapted(Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double())
+    hidden = with_hidden_weight(model)
+    x, direction = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], 4, dtype=torch.float64)
+    gradients = []
+    for of in (model, hidden):
+        mine = x.clone().requires_grad_()
+        y = of(mine)
+        y.backward(direction)
+        gradients.append(
+            [y.as_subclass(Tensor), mine.grad, *(d.values.grad for d in of.base_model.sparse_deltas().values())]
+        )
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_computes_trains_and_stays_offloaded(where: str, tmp_path: Path) -> None:
+    plain = bert().eval()
+    base = copy.deepcopy(plain)
+    if where == "memory":
+        cpu_offload(base, execution_device="cpu")
+    else:
+        disk_offload(base, str(tmp_path), execution_device="cpu")
+    ids, results = torch.randint(0, 50, (2, 6)), []
+    for model in (adapted(plain), adapted(base)):
+        logits = model(input_ids=ids).logits
+        logits.sum().backward()
+        deltas = model.base_model.sparse_deltas()
+        results.append((logits, {name: delta.values.grad for name, delta in deltas.items()}))
+    torch.testing.assert_close(*results)
+    assert all(p.is_meta for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
+
+
+def quantised(kind: str, model: nn.Module) -> nn.Module:
+    if kind == "torchao":
+        quantize_(model, Int8WeightOnlyConfig())
+        return model
+    for name, module in list(model.named_children()):
+        if isinstance(module, nn.Linear):
+            sizes = module.in_features, module.out_features
+            packed = (
+                bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
+                if kind == "4 bits"
+                else bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
+            )
+            packed.load_state_dict(module.state_dict())
+            setattr(model, name, packed.to("cpu"))
+    return model.requires_grad_(False)
+
+
+def dequantised(model: nn.Module) -> nn.Module:
+    """The plain model that a quantised one stands for, by asking each layer for its outputs."""
+    plain = Sequential()
+    for module in model:  # type: ignore[union-attr]
+        if isinstance(module, nn.Linear):
+            linear = nn.Linear(module.in_features, module.out_features)
+            zero = module(torch.zeros(1, module.in_features))
+            linear.bias.data = zero[0].detach().clone()
+            linear.weight.data = (module(torch.eye(module.in_features)) - zero).detach().t().contiguous()
+            module = linear
+        plain.append(module)
+    return plain
+
+
+# outer quantisation of the 8-bit kernel also rounds its inputs
+KINDS = {"torchao": 1e-4, "4 bits": 1e-4, "8 bits": 5e-2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_model_trains_the_deltas_of_its_dequantised_self(kind: str) -> None:
+    base = quantised(kind, Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)))
+    plain = dequantised(base)
+    model = adapted(base)
+    deltas = model.base_model.sparse_deltas()
+    assert {delta.shape for delta in deltas.values()} == {(128, 64), (64, 128), (64,), (128,)}
+    dense = adapted_copy(plain, deltas)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(model(x), dense(x), atol=KINDS[kind], rtol=KINDS[kind])
+    model(x).square().mean().backward()
+    dense(x).square().mean().backward()
+    parameters = dict(dense.named_parameters())
+    for name, delta in deltas.items():
+        expected = parameters[name].grad.flatten()[delta.indices]
+        torch.testing.assert_close(delta.values.grad, expected, atol=KINDS[kind] / 10, rtol=KINDS[kind])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_adapter_goes_through_a_file_and_refuses_to_merge(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first = Sequential(nn.Linear(64, 128), nn.Linear(128, 64))
+    base, again = (quantised("4 bits", copy.deepcopy(first)) for _ in range(2))
+    model = adapted(base)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(again, tmp_path)
+    x = torch.randn(3, 64)
+    with torch.no_grad():  # the 4-bit kernel is another one where gradients are wanted
+        assert torch.equal(loaded(x), model.eval()(x))
+    with pytest.raises(ValueError, match=r"'weight' of shape \(128, 64\) is quantised or offloaded"):
+        model.merge_adapter()
+
+
+@pytest.mark.parametrize("score", ["magnitude", "sam"])
+def test_a_score_that_reads_hidden_weights_says_what_to_do(score: str) -> None:
+    class Hidden(Tensor):
+        pass
+
+    base = Sequential(nn.Linear(8, 4))
+    base[0].weight = nn.Parameter(base[0].weight.detach().as_subclass(Hidden), requires_grad=False)
+
+    def select() -> None:
+        model = get_peft_model(base, SamConfig(target_modules="all", score=score, density=0.2))
+        select_parameters(model, [], loss_fn=lambda model, batch: model(batch).sum())
+
+    with pytest.raises(ValueError, match=r"0\.weight is quantised or offloaded. Use score=\"random\""):
+        select()
+
+
+def test_a_printed_layer_shows_how_its_products_are_computed() -> None:
+    model = adapted(Sequential(nn.Linear(64, 64)))
+    assert "default: sampled" in repr(model) or "default: submatrix" in repr(model)
