@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
-from peft_sam.delta import PendingAdapterError, SparseDelta, changed, delta_dtype
+from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
+from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.ops import compose
 from peft_sam.owned import is_plain, own_parameters, stored_parameters
 from peft_sam.substitute import call_with
@@ -48,7 +49,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         self.sam_sparse_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._original_bits: list[dict[str, Tensor]] = []
+        self._merged_changes: list[list[Change]] = []
         self._selecting = False
         # name of a parameter that another layer owns too → that layer and its name there, where the delta lives
         self._tied: dict[str, tuple[SamLayer, str]] = {}
@@ -221,28 +222,14 @@ class SamLayer(nn.Module, BaseTunerLayer):
             ValueError: with `safe_merge`, if an entry would not be finite; nothing is written then.
         """
         for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name not in self.sam_sparse_delta:
-                continue
-            own, merged, original = self.parameters_below(), {}, {}
-            stored = stored_parameters(self.get_base_layer())
-            for name, delta in self.deltas(adapter_name).items():
-                if delta.pending:
-                    raise PendingAdapterError(adapter_name, "merged")
-                if own[name] is not stored[name]:
-                    raise ValueError(
-                        f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape "
-                        f"{tuple(own[name].shape)} is quantised or offloaded. Merge into the full-precision model."
-                    )
-                original[name] = own[name].detach().take(delta.checked_indices())
-                merged[name] = changed(original[name], delta.values).detach()
-                if safe_merge and not torch.isfinite(merged[name]).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-                    )
-            for name, entries in merged.items():
-                self._write(adapter_name, name, entries)
-            self._original_bits.append(original)
-            self.merged_adapters.append(adapter_name)
+            if adapter_name in self.sam_sparse_delta:
+                self.check_merge(adapter_name, safe_merge)
+                self._merged_changes.append(merge(self.get_base_layer(), self.deltas(adapter_name)))
+                self.merged_adapters.append(adapter_name)
+
+    def check_merge(self, adapter_name: str, safe_merge: bool) -> None:
+        """Raise what `merge` would."""
+        check_merge(self.get_base_layer(), adapter_name, self.deltas(adapter_name), safe_merge)
 
     def unmerge(self) -> None:
         """Put the original bits back."""
@@ -250,14 +237,8 @@ class SamLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            adapter_name = self.merged_adapters.pop()
-            for name, entries in self._original_bits.pop().items():
-                self._write(adapter_name, name, entries)
-
-    def _write(self, adapter_name: str, name: str, entries: Tensor) -> None:
-        parameter = self.parameters_below()[name]
-        with torch.no_grad():
-            parameter.put_(self.deltas(adapter_name)[name].indices, entries.to(parameter.device, parameter.dtype))
+            self.merged_adapters.pop()
+            restore(self.get_base_layer(), self._merged_changes.pop())
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

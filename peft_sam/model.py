@@ -121,6 +121,40 @@ class SamModel(BaseTuner):
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
 
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the deltas of adapters (the active ones by default) into the base: into all layers or none.
+
+        Raises:
+            PendingAdapterError: if an adapter has no support yet.
+            ValueError: with `safe_merge`, if an entry would not be finite.
+        """
+        layers = self._layers_at_hand()
+        if layers is None:
+            super().merge_adapter(adapter_names, safe_merge)
+            return
+        for adapter_name in self.active_adapters if adapter_names is None else adapter_names:
+            for layer in layers:
+                layer.check_merge(adapter_name, safe_merge)
+        for layer in layers:
+            layer.merge(safe_merge, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original bits back."""
+        layers = self._layers_at_hand()
+        if layers is None:
+            super().unmerge_adapter()
+            return
+        for layer in layers:
+            layer.unmerge()
+
+    def _layers_at_hand(self) -> list[SamLayer] | None:
+        """All tuner layers, or None if some are another tuner's or offloaded: PEFT's loops, slower, know how."""
+        found = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        layers = [layer for layer in found if isinstance(layer, SamLayer) and not hasattr(layer.base_layer, "_hf_hook")]
+        return layers if len(layers) == len(found) else None
+
     def _prepare_adapter_config(self, peft_config: SamConfig, model_config: dict[str, Any]) -> SamConfig:
         return peft_config
 

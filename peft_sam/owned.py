@@ -27,6 +27,14 @@ def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return own
 
 
+def stored_parameter(module: nn.Module, name: str) -> nn.Parameter:
+    """One of them, by its name relative to the module."""
+    child, _, leaf = name.rpartition(".")
+    found = module.get_submodule(child)._parameters[leaf]
+    assert found is not None
+    return found
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether the numbers of a parameter can be read and added to: dense floats in this process's memory."""
     return (

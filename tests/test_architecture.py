@@ -20,6 +20,7 @@ ADAPTING = [
     "plan",
     "products",
     "ops",
+    "merging",
     "layer",
     "linear",
     "embedding",

@@ -1,0 +1,243 @@
+"""What the benchmarks share: models, methods of fine-tuning, interleaved timing, and the record of results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
+
+from peft_sam import SamConfig, Selection, select_parameters
+from peft_sam.model import candidates_of
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+import tasks
+
+transformers.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+
+RESULTS = Path(__file__).parent / "results"
+DENSITY = 0.005
+# Active rows and columns of a layer under a real support make about 5.5 % of its product (measured with MiniLM).
+ACTIVE = 0.055**0.5
+# Repetitions that warm up and are not counted.
+WARM_UP = 3
+
+
+def minilm() -> nn.Module:
+    """all-MiniLM-L6-v2 without its pooler, which gets no gradient from the hidden states."""
+    return AutoModel.from_pretrained(tasks.default_model_path(), add_pooling_layer=False)
+
+
+def roberta_base_shape() -> nn.Module:
+    """Four layers of RoBERTa-base's shape with random weights."""
+    return BertModel(BertConfig(num_hidden_layers=4), add_pooling_layer=False)
+
+
+def llama_shape() -> nn.Module:
+    """About 100 million parameters in Llama's shape, random."""
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
+    )
+    return LlamaModel(config)
+
+
+def large_llama_shape() -> nn.Module:
+    """About a billion parameters in Llama's shape, random."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16
+    )
+    return LlamaModel(config)
+
+
+def wide_llama_shape() -> nn.Module:
+    """Two layers of Llama 7 B's shape, random."""
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32
+    )
+    return LlamaModel(config)
+
+
+WIDE_LLAMA = "Llama 7 B shape, 2 layers"
+MINILM, ROBERTA, LLAMA, LARGE_LLAMA = "MiniLM", "RoBERTa-base shape, 4 layers", "Llama shape, 100 M", "Llama shape, 1 B"
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    MINILM: minilm,
+    ROBERTA: roberta_base_shape,
+    LLAMA: llama_shape,
+    LARGE_LLAMA: large_llama_shape,
+    WIDE_LLAMA: wide_llama_shape,
+}
+
+
+def real_support(model: Any) -> None:
+    """Select on sentences in their natural and a scrambled order, by a linear head on the mean hidden state."""
+    task = tasks.embedded_task(train_sentences=128)
+    tokenizer = AutoTokenizer.from_pretrained(tasks.default_model_path())
+    torch.manual_seed(0)
+    head = torch.randn(2, model.get_base_model().config.hidden_size)
+
+    def loss(model: Any, rows: dict[str, list[Any]]) -> Tensor:
+        batch = tokenizer(rows["text"], padding=True, return_tensors="pt").to(model.device)
+        logits = model(**batch).last_hidden_state.mean(1) @ head.to(model.device).t()
+        return nn.functional.cross_entropy(logits.float(), torch.tensor(rows["label"], device=model.device))
+
+    batches = [task.train[start : start + 16] for start in range(0, len(task.train), 16)]
+    select_parameters(model, batches, loss_fn=loss, count_fn=lambda rows: len(rows["label"]), progress=False)
+
+
+def clustered_support(model: Any) -> None:
+    """k entries of each weight inside a random share of its rows and columns."""
+    generator = torch.Generator().manual_seed(0)
+    indices = {}
+    candidates = candidates_of(model, "default")
+    for name, parameter in candidates.items():
+        indices[name] = torch.empty(0, dtype=torch.int64)
+        if parameter.ndim == 2:
+            rows, columns = (
+                torch.randperm(size, generator=generator)[: max(1, int(ACTIVE * size))] for size in parameter.shape
+            )
+            inside = (rows[:, None] * parameter.shape[1] + columns).flatten()
+            k = int(DENSITY * parameter.numel())
+            indices[name] = inside[torch.randperm(len(inside), generator=generator)[:k]].sort().values
+    shapes = {name: parameter.shape for name, parameter in candidates.items()}
+    select_parameters(model, selection=Selection(indices, shapes, "sam", "global", DENSITY, 0.0))
+
+
+def floor(model: nn.Module, trained: int) -> Any:
+    """Frozen; the embeddings' output asks for gradients."""
+    return model.requires_grad_(False)
+
+
+def sam(model: nn.Module, trained: int) -> Any:
+    """The sparse adapter on its clustered support."""
+    real = model.config.hidden_size == 384
+    adapted = get_peft_model(model, SamConfig(density=DENSITY))
+    (real_support if real else clustered_support)(adapted)
+    return adapted
+
+
+def sam_random(model: nn.Module, trained: int) -> Any:
+    """The sparse adapter on a support without clusters."""
+    return get_peft_model(model, SamConfig(density=DENSITY, score="random"))
+
+
+def lora(model: nn.Module, trained: int) -> Any:
+    """LoRA of rank 8 on all linear layers, no dropout."""
+    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+
+
+def shira(model: nn.Module, trained: int) -> Any:
+    """SHiRA, whose count is a rank's: the rank nearest to as many entries."""
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    rank = max(1, round(trained / sum(m.in_features + m.out_features for m in linear)))
+    return get_peft_model(model, ShiraConfig(r=rank, target_modules="all-linear"))
+
+
+def supertuning(model: nn.Module, trained: int) -> Any:
+    """Super-Tuning with the same share of entries in each layer."""
+    entries = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    config = SupertuningConfig(sparsity=1 - trained / entries, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def full(model: nn.Module, trained: int) -> Any:
+    """All parameters."""
+    return model
+
+
+METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
+    "floor": floor,
+    "SAM": sam,
+    "SAM, random support": sam_random,
+    "LoRA r=8": lora,
+    "SHiRA": shira,
+    "Super-Tuning": supertuning,
+    "full": full,
+}
+
+
+def make(method: str, shape: str, trained: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A model of `shape` adapted by `method`, the same for the same arguments."""
+    torch.manual_seed(0)
+    return METHODS[method](MODELS[shape](), trained).to(device, dtype)
+
+
+def trained_entries(model: Any) -> int:
+    """Number of trainable numbers."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def interleaved(steps: Mapping[str, Callable[[], None]], repetitions: int, what: str) -> dict[str, list[float]]:
+    """Seconds of each repetition of each step; all steps in turn, then all again, ...
+
+    Before a step is timed it runs once, so that it finds in the caches what it finds in training: its own traces.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in tqdm(range(repetitions + WARM_UP), desc=what, dynamic_ncols=True):
+        for name, step in steps.items():
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if repetition >= WARM_UP:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratios(seconds: Mapping[str, list[float]], beside: str) -> dict[str, float]:
+    """Medians of the ratios to one of the steps, repetition by repetition."""
+    return {
+        name: statistics.median(mine / theirs for mine, theirs in zip(times, seconds[beside], strict=True))
+        for name, times in seconds.items()
+    }
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    """Median seconds of each step."""
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Where the figures come from."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def arguments(description: str, repetitions: int) -> argparse.Namespace:
+    """The options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="MiniLM only, few repetitions, nothing written")
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def write(name: str, results: list[dict[str, Any]], args: argparse.Namespace) -> Path:
+    """Put results and environment in a file of `benchmarks/results`."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{args.device}-{args.dtype}.json"
+    path.write_text(json.dumps({"environment": environment(args.device), "results": results}, indent=1) + "\n")
+    print(f"written: {path}")
+    return path
