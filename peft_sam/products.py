@@ -17,8 +17,9 @@ def value_gradient(plan: Plan, kept: Tensor, grad: Tensor, dtype: torch.dtype) -
         kept: `plan.keep(x)` of the inputs x (tokens × inputs).
         grad: of the outputs, (tokens × outputs).
     """
-    # a compiler knows the dense products better than the sampled one
-    form = "chunked" if plan.form == "sampled" and torch.compiler.is_compiling() else plan.form
+    form = plan.form
+    if form == "sampled" and (torch.compiler.is_compiling() or kept.dtype not in (torch.float32, torch.float64)):
+        form = "chunked"  # no other dtype is sampled, and dense products are what a compiler knows
     return GRADIENTS[form](plan, kept, grad).to(dtype)
 
 
@@ -76,14 +77,13 @@ def _by_submatrix(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:
 
 
 def _by_sampling(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:
-    """Only the entries themselves, in float32 or better (what torch.sparse.sampled_addmm has)."""
-    dtype = kept.dtype if kept.dtype == torch.float64 else torch.float32
+    """Only the entries themselves."""
     left, right = (kept, grad) if plan.transposed else (grad, kept)
     second = plan.row if plan.transposed else plan.column
     assert plan.starts is not None
-    zeros = torch.zeros(len(second), dtype=dtype, device=kept.device)
+    zeros = kept.new_zeros(len(second))
     pattern = torch.sparse_csr_tensor(plan.starts, second, zeros, plan.shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, left.t().to(dtype), right.to(dtype), beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0).values()
 
 
 def _by_chunks(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:
