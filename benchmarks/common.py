@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -30,8 +31,22 @@ transformers.utils.logging.disable_progress_bar()
 
 RESULTS = Path(__file__).parent / "results"
 DENSITY = 0.005
-# Active rows and columns of a layer under a real support make about 5.5 % of its product (measured with MiniLM).
-ACTIVE = 0.055**0.5
+# Kinds of linear layers in other models → in BERT's.
+KINDS = {
+    "attention.output.dense": "attention.output.dense",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "intermediate.dense": "intermediate.dense",
+    "output.dense": "output.dense",
+    "q_proj": "attention.self.query",
+    "k_proj": "attention.self.key",
+    "v_proj": "attention.self.value",
+    "o_proj": "attention.output.dense",
+    "gate_proj": "intermediate.dense",
+    "up_proj": "intermediate.dense",
+    "down_proj": "output.dense",
+}
 # Repetitions that warm up and are not counted.
 WARM_UP = 3
 
@@ -97,20 +112,36 @@ def real_support(model: Any) -> None:
     select_parameters(model, batches, loss_fn=loss, count_fn=lambda rows: len(rows["label"]), progress=False)
 
 
-def clustered_support(model: Any) -> None:
-    """k entries of each weight inside a random share of its rows and columns."""
-    generator = torch.Generator().manual_seed(0)
-    indices = {}
+@functools.cache
+def minilm_support() -> dict[str, Tensor]:
+    """Parameter of MiniLM → mask of its real support."""
+    model = get_peft_model(minilm(), SamConfig(density=DENSITY))
+    real_support(model)
+    masks = {}
+    for name, delta in model.base_model.sparse_deltas().items():
+        mask = torch.zeros(delta.shape, dtype=torch.bool)
+        masks[name] = mask.view(-1).index_fill_(0, delta.indices, True).view(delta.shape)
+    return masks
+
+
+def stretched_support(model: Any) -> None:
+    """MiniLM's support, each layer's stretched to the shape of the same kind of layer at the same relative depth.
+
+    So the shares of entries, of touched rows and of touched columns are those of a real support.
+    """
     candidates = candidates_of(model, "default")
+    numbers = [int(part) for name in candidates for part in name.split(".") if part.isdigit()]
+    depth, indices = max(numbers) + 1, {}
     for name, parameter in candidates.items():
+        layer = next(int(part) for part in name.split(".") if part.isdigit())
+        source = round((layer + 0.5) * 6 / depth - 0.5 - 1e-6)
+        kind = next(there for here, there in KINDS.items() if f"{here}.{name.rpartition('.')[2]}" in name)
+        mask = minilm_support().get(f"encoder.layer.{source}.{kind}.{name.rpartition('.')[2]}")
         indices[name] = torch.empty(0, dtype=torch.int64)
-        if parameter.ndim == 2:
-            rows, columns = (
-                torch.randperm(size, generator=generator)[: max(1, int(ACTIVE * size))] for size in parameter.shape
-            )
-            inside = (rows[:, None] * parameter.shape[1] + columns).flatten()
-            k = int(DENSITY * parameter.numel())
-            indices[name] = inside[torch.randperm(len(inside), generator=generator)[:k]].sort().values
+        if mask is not None:
+            for axis, size in enumerate(parameter.shape):
+                mask = mask.index_select(axis, torch.arange(size) * mask.shape[axis] // size)
+            indices[name] = mask.flatten().nonzero().flatten()
     shapes = {name: parameter.shape for name, parameter in candidates.items()}
     select_parameters(model, selection=Selection(indices, shapes, "sam", "global", DENSITY, 0.0))
 
@@ -121,10 +152,10 @@ def floor(model: nn.Module, trained: int) -> Any:
 
 
 def sam(model: nn.Module, trained: int) -> Any:
-    """The sparse adapter on its clustered support."""
+    """The sparse adapter on a support chosen by gradients."""
     real = model.config.hidden_size == 384
     adapted = get_peft_model(model, SamConfig(density=DENSITY))
-    (real_support if real else clustered_support)(adapted)
+    (real_support if real else stretched_support)(adapted)
     return adapted
 
 

@@ -5,7 +5,7 @@
 Every figure is a ratio to the *floor*: the same model, frozen, with gradients flowing through it down to the first
 layer. Methods are interleaved, and medians over repetitions are compared; the trained entries of the sparse methods
 are as many as SAM's (SHiRA's as near as its ranks allow). The support of MiniLM is a real one, selected on the
-examples' text; the other shapes get supports with the same share of active rows and columns.
+examples' text; the other shapes get the same support, stretched.
 """
 
 from __future__ import annotations

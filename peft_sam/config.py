@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Literal
 
 from peft.config import PeftConfig
@@ -12,6 +13,8 @@ from peft_sam._peft import SAM_SPARSE
 from peft_sam.scores import SCORES
 
 BUDGETS = ("global", "tensor")
+# how the curvature is estimated → the statistic of the pass that it is made from
+CURVATURES = {"fisher": "squared_gradient", "hutchinson": "hessian"}
 SHORTHANDS = ("all-linear", "all")
 
 
@@ -64,7 +67,26 @@ class SamConfig(PeftConfig):
             "Conv1D is recognised by its type."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the score 'random'."})
+    seed: int = field(default=0, metadata={"help": "Seed of the score 'random' and of Hutchinson's probes."})
+    curvature: Literal["fisher", "hutchinson"] = field(
+        default="fisher",
+        metadata={
+            "help": "What the score 'sam_curvature' takes for the Hessian's diagonal h: 'fisher', the mean of squared "
+            "micro-batch gradients, for one backward pass; 'hutchinson', the mean of v ⊙ Hv over random signs v, for "
+            "one more backward pass through the gradient per probe."
+        },
+    )
+    probes: int = field(default=4, metadata={"help": "Hutchinson's number of random vectors v."})
+    damping: float = field(
+        default=0.1,
+        metadata={
+            "help": "Added to |h|, so that entries with almost no curvature do not win by that alone: as a share of "
+            "the mean of |h| over all candidates, so that it means the same for every loss and model."
+        },
+    )
+    absolute_damping: bool = field(
+        default=False, metadata={"help": "Whether `damping` is the number that is added itself, not a share."}
+    )
     init_weights: bool = field(
         default=True,
         metadata={"help": "True: deltas start at zero. False: small random deltas, for tests only."},
@@ -92,6 +114,12 @@ class SamConfig(PeftConfig):
             raise ValueError(f"budget must be one of {list(BUDGETS)}; got {self.budget!r}.")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a non-negative integer; got {self.seed!r}.")
+        if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
+            raise ValueError(f"curvature must be one of {sorted(CURVATURES)}; got {self.curvature!r}.")
+        if isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 1:
+            raise ValueError(f"probes must be a positive integer; got {self.probes!r}.")
+        if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < inf:
+            raise ValueError(f"damping must be a positive number; got {self.damping!r}.")
         regex = isinstance(self.target_modules, str) and self.target_modules not in SHORTHANDS
         if regex and self.layers_to_transform is not None:
             raise ValueError(
@@ -108,7 +136,13 @@ class SamConfig(PeftConfig):
     @property
     def needs_data(self) -> bool:
         """Whether the score needs a pass over data; if not, `get_peft_model` selects by itself."""
-        return bool(SCORES[self.score].statistics)
+        return bool(self.statistics)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What the pass over the data accumulates for the score."""
+        needed = SCORES[self.score].statistics
+        return tuple(CURVATURES[self.curvature] if name == "curvature" else name for name in needed)
 
     @property
     def counts(self) -> dict[str, int] | None:

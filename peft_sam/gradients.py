@@ -12,7 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
+
+from peft_sam.curvature import hessian_products
 
 # A half-precision backward pass runs on a loss this many times larger, so that small gradients do not vanish; a
 # power of two, so that dividing by it again is exact.
@@ -32,8 +35,8 @@ class GradientStatistics:
     """Means over samples, per parameter.
 
     Attributes:
-        tensors: statistic ("gradient", "squared_gradient") → parameter name → float32 tensor of its shape (float64
-            for float64 parameters).
+        tensors: statistic ("gradient", "squared_gradient", "hessian") → parameter name → float32 tensor of its shape
+            (float64 for float64 parameters).
         samples, batches, seconds: extent of the pass.
     """
 
@@ -66,6 +69,8 @@ def accumulate(
     *,
     statistics: Iterable[str] = ("gradient",),
     train_mode: bool = False,
+    probes: int = 1,
+    seed: int = 0,
     reduce: Callable[[Tensor], Tensor] | None = None,
     total: int | None = None,
     progress: bool = True,
@@ -75,7 +80,9 @@ def accumulate(
     With n_b the samples of batch b and g_b the gradient of its mean loss, N = Σ n_b:
 
     * gradient = Σ n_b g_b / N, the gradient of the mean loss over all samples;
-    * squared_gradient = Σ n_b g_b² / N, a mean over micro-batches.
+    * squared_gradient = Σ n_b g_b² / N, a mean over micro-batches;
+    * hessian = Σ n_b mean_v(v ⊙ H_b v) / N, Hutchinson's estimate of the diagonal of the mean loss's Hessian, with the
+      same random signs v for all batches. Needs a loss that can be differentiated twice.
 
     One parameter's dense gradient exists at a time on top of the accumulators. Afterwards, also after an error, all
     requires_grad flags, train/eval modes, `.grad`s, hooks and random states are as before.
@@ -84,6 +91,7 @@ def accumulate(
         model: the module whose mode is set; eval unless `train_mode`.
         parameters: name → leaf parameter of the model.
         loss: batch → `Loss`; must run the model.
+        probes, seed: how many random signs v for "hessian", and their seed.
         reduce: sums a tensor over processes; called once per accumulator, after the last batch.
         total: number of batches, for the progress bar.
 
@@ -92,7 +100,7 @@ def accumulate(
         FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
     """
     start = time.perf_counter()
-    sums = _Sums(parameters, tuple(statistics))
+    sums = _Sums(parameters, tuple(statistics), probes, seed)
     samples, number = 0.0, 0
     with ExitStack() as stack:
         stack.enter_context(_as_before(model, parameters, train_mode))
@@ -100,6 +108,8 @@ def accumulate(
         bar = stack.enter_context(
             tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
         )
+        if "hessian" in sums.tensors:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
         for batch in batches:
             with torch.enable_grad():
                 current = loss(batch)
@@ -123,11 +133,11 @@ def accumulate(
 class _Sums:
     """The accumulators: Σ n_b g_b and its like, taken up as soon as a parameter's gradient exists."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], kinds: tuple[str, ...]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], kinds: tuple[str, ...], probes: int, seed: int) -> None:
         for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(f"parameter {name!r} is on the meta device: load the weights before selecting.")
-        self.parameters = parameters
+        self.parameters, self.probes, self.seed = parameters, probes, seed
         self.tensors = {kind: {name: _accumulator(p) for name, p in parameters.items()} for kind in kinds}
         self.weight, self.unscale = 0.0, 1.0
         self.seen: list[tuple[str, Tensor]] = []
@@ -156,18 +166,33 @@ class _Sums:
         scale = _loss_scale(loss.value, self.parameters.values())
         self.weight, self.unscale = loss.samples, 1.0 / scale
         self.seen.clear()
-        (loss.value * scale).backward()
+        if "hessian" in self.tensors:
+            self._add_hessian(loss.value * scale)
+        else:
+            (loss.value * scale).backward()
         self._check(number)
+
+    def _add_hessian(self, loss: Tensor) -> None:
+        names, parameters = list(self.parameters), list(self.parameters.values())
+        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        gradients = {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
+        for name, gradient in gradients.items():
+            self._add(name, gradient.detach())
+        for name, product in hessian_products(gradients, self.parameters, self.probes, self.seed):
+            self.seen.append((name, product.sum(dtype=torch.float32)))
+            self.tensors["hessian"][name].add_(product, alpha=self.weight * self.unscale / self.probes)
 
     def _take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
         parameter.grad = None
         assert gradient is not None
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
+        self._add(name, gradient.to_dense() if gradient.is_sparse else gradient)
+
+    def _add(self, name: str, gradient: Tensor) -> None:
         self.seen.append((name, gradient.sum(dtype=torch.float32)))
-        for kind, tensors in self.tensors.items():
-            ACCUMULATE[kind](tensors[name], gradient, self.weight, self.unscale)
+        for kind, add in ACCUMULATE.items():
+            if kind in self.tensors:
+                add(self.tensors[kind][name], gradient, self.weight, self.unscale)
 
     def _check(self, number: int) -> None:
         """One look at the device per batch: a NaN or infinite entry makes its tensor's sum so."""

@@ -124,7 +124,7 @@ def _linear(
         bias = bias.to(tokens.dtype)
     if way == "compose":
         parts = _composed(weight, plans, places, values, tokens.dtype)
-        return _summed(tokens, parts, bias) if transposed else _split(tokens, parts, bias)
+        return _summed(tokens, parts, bias) if transposed else _split(tokens, parts, plans[0].shape[0], bias)
     if weight is None:
         y = tokens.new_zeros(len(tokens), plans[0].shape[1 if transposed else 0])
     else:
@@ -144,7 +144,7 @@ def _adjoint(
     transposed, way = plans[0].transposed, way_to_multiply(plans, len(grad), weight)
     if way == "compose":
         parts = _composed(weight, plans, places, values, grad.dtype)
-        return _split(grad, parts, None) if transposed else _summed(grad, parts, None)
+        return _split(grad, parts, plans[0].shape[0], None) if transposed else _summed(grad, parts, None)
     if weight is None:
         x = grad.new_zeros(len(grad), plans[0].shape[0 if transposed else 1])
     else:
@@ -185,10 +185,16 @@ def _add(entries: Tensor, place: Tensor, values: Tensor) -> None:
         entries.index_copy_(0, place, changed(entries.index_select(0, place), values))
 
 
-def _split(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], bias: Tensor | None) -> Tensor:
+def _split(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], rows: int, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, from chunks of W's rows."""
-    found = [F.linear(tokens, part, bias if bias is None else bias[chunk.start : chunk.stop]) for chunk, part in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+    y = tokens.new_empty(len(tokens), rows)
+    for chunk, part in parts:
+        columns = y[:, chunk.start : chunk.stop]
+        if bias is None:
+            torch.mm(tokens, part.t(), out=columns)
+        else:
+            torch.addmm(bias[chunk.start : chunk.stop], tokens, part.t(), out=columns)
+    return y
 
 
 def _summed(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], bias: Tensor | None) -> Tensor:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # What the pass over the data accumulates; the other inputs of a score need no data.
-DATA_INPUTS = ("gradient", "squared_gradient")
+DATA_INPUTS = ("gradient", "squared_gradient", "curvature")
 
 
 def sam(gradient: Tensor) -> Tensor:
@@ -30,6 +30,15 @@ def sam(gradient: Tensor) -> Tensor:
     left out because it would only round, underflow and overflow; a threshold τ here is a threshold τ² on g².
     """
     return gradient.abs()
+
+
+def sam_curvature(gradient: Tensor, curvature: Tensor) -> Tensor:
+    """|g| / √h, which orders entries as g²/h does: Theorem 3 of Fu et al. 2022 before h is dropped.
+
+    For a loss whose Hessian is diag(h), training the k entries with the largest g²/h lowers it the most of all masks
+    of k entries. h is a damped estimate of the Hessian's diagonal, positive (`peft_sam.curvature`).
+    """
+    return gradient.abs() / curvature.sqrt()
 
 
 def fisher(squared_gradient: Tensor) -> Tensor:
@@ -71,5 +80,5 @@ class Score:
 
 SCORES: dict[str, Score] = {
     function.__name__: Score(function, tuple(inspect.signature(function).parameters))
-    for function in (sam, fisher, magnitude, random)
+    for function in (sam, sam_curvature, fisher, magnitude, random)
 }

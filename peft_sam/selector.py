@@ -6,23 +6,18 @@ Takes a Trainer, or a model and batches; runs the pass over the data; chooses; g
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
-from accelerate.utils import send_to_device
-from peft import PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from peft_sam.batches import from_loader, from_trainer
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
-from peft_sam.config import SamConfig
-from peft_sam.gradients import Loss, accumulate
+from peft_sam.config import CURVATURES, SamConfig
+from peft_sam.curvature import damped
+from peft_sam.gradients import accumulate
 from peft_sam.layer import selecting
 from peft_sam.model import apply_selection, candidates_of, deltas_of
 from peft_sam.scores import SCORES
@@ -30,8 +25,6 @@ from peft_sam.selection import Selection
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-IGNORED_LABEL = -100
 
 
 def select_parameters(
@@ -90,11 +83,11 @@ def select_parameters(
     if selection is None:
         candidates = candidates_of(model, adapter_name, config.score)
         found = None
-        if needed := SCORES[config.score].statistics:
+        if config.needs_data:
             source_of_batches = (
-                _from_trainer(trainer, model, count_fn)
+                from_trainer(trainer, model, count_fn)
                 if trainer is not None
-                else _from_loader(model, dataloader, accelerator, loss_fn, count_fn)
+                else from_loader(model, dataloader, accelerator, loss_fn, count_fn)
             )
             with source_of_batches as (batches, loss), selecting(sam_layers(model).values()):
                 found = accumulate(
@@ -102,8 +95,10 @@ def select_parameters(
                     candidates,
                     itertools.islice(batches, max_batches),
                     loss,
-                    statistics=needed,
+                    statistics=config.statistics,
                     train_mode=train_mode,
+                    probes=config.probes,
+                    seed=config.seed,
                     reduce=_reduction(accelerator),
                     total=_length(batches, max_batches),
                     progress=_wants_progress(trainer, accelerator, progress),
@@ -121,6 +116,10 @@ def choose_for(
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Selection:
     """`choose` as a config says."""
+    statistics = dict(statistics or {})
+    if "curvature" in SCORES[config.score].inputs:
+        diagonal = statistics.pop(CURVATURES[config.curvature])
+        statistics["curvature"] = damped(diagonal, config.damping, config.absolute_damping)
     return choose(
         candidates,
         score=config.score,
@@ -163,117 +162,6 @@ def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, S
             "choose anew, delete the adapter and add one, or start from the base model."
         )
     return adapter_name, config
-
-
-# Batches and their loss
-
-
-@contextmanager
-def _from_trainer(
-    trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], float] | None
-) -> Iterator[tuple[Iterable[Any], Callable[[Any], Loss]]]:
-    accelerator = trainer.accelerator
-    prepared_before = list(accelerator._dataloaders)
-    takes_count = bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
-    # compute_loss multiplies by this, for the average over processes that DDP takes of gradients
-    factor = accelerator.num_processes if takes_count and trainer.args.average_tokens_across_devices else 1
-
-    def loss(batch: Any) -> Loss:
-        batch = send_to_device(batch, trainer.args.device)
-        samples = _count(model, batch) if count_fn is None else count_fn(batch)
-        items = torch.tensor(samples, device=trainer.args.device) if takes_count and "labels" in batch else None
-        with trainer.compute_loss_context_manager(), accelerator.autocast():
-            value = trainer.compute_loss(model, batch, num_items_in_batch=items)
-        return Loss(value if items is None else value / factor, samples)
-
-    loader = trainer.get_train_dataloader()
-    try:
-        with _ended(loader):
-            yield loader, loss
-    finally:
-        accelerator._dataloaders[:] = prepared_before
-
-
-@contextmanager
-def _from_loader(
-    model: nn.Module,
-    dataloader: Iterable[Any] | None,
-    accelerator: Accelerator | None,
-    loss_fn: Callable[[nn.Module, Any], Tensor] | None,
-    count_fn: Callable[[Any], float] | None,
-) -> Iterator[tuple[Iterable[Any], Callable[[Any], Loss]]]:
-    if dataloader is None:
-        raise ValueError(
-            "this score needs data: call select_parameters(trainer) or select_parameters(model, dataloader)."
-        )
-    device = next(model.parameters()).device
-    if accelerator is not None:
-        device = accelerator.device
-        if isinstance(dataloader, DataLoader) and not isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
-            dataloader = prepare_data_loader(
-                dataloader,
-                device,
-                num_processes=accelerator.num_processes,
-                process_index=accelerator.process_index,
-                put_on_device=True,
-            )
-
-    def loss(batch: Any) -> Loss:
-        batch = send_to_device(batch, device)
-        with nullcontext() if accelerator is None else accelerator.autocast():
-            value = _loss_of_model(model, batch) if loss_fn is None else loss_fn(model, batch)
-        if not isinstance(value, Tensor):
-            raise ValueError(f"loss_fn must return the mean loss of the batch as a tensor; got {type(value).__name__}.")
-        return Loss(value, _count(model, batch) if count_fn is None else count_fn(batch))
-
-    with _ended(dataloader):
-        yield dataloader, loss
-
-
-def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
-    if not isinstance(batch, Mapping):
-        raise ValueError(
-            f"a batch is a {type(batch).__name__}, which is not a dict of the model's arguments: pass "
-            "loss_fn=lambda model, batch: ... to say how the loss is computed."
-        )
-    outputs = model(**batch)
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-    if loss is None:
-        raise ValueError(
-            f"the model returned no loss for a batch with {sorted(batch)}: put 'labels' in the batches, or pass "
-            "loss_fn=lambda model, batch: ... to say how the loss is computed."
-        )
-    return loss
-
-
-@contextmanager
-def _ended(loader: Iterable[Any]) -> Iterator[None]:
-    """Tell Accelerate that a loader which was left early is no longer being iterated."""
-    try:
-        yield
-    finally:
-        if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
-            loader.end()
-
-
-def _count(model: nn.Module, batch: Any) -> float:
-    """Over how many samples the loss of a batch is a mean: its target tokens if it has token labels, else examples."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-        if "shift_labels" in batch:
-            labels = batch["shift_labels"]
-        elif _shifts_labels(model):
-            labels = labels[..., 1:]
-        return int((labels != IGNORED_LABEL).sum())
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    lengths = [len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim]
-    return lengths[0] if lengths else 1
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss compares position i with label i + 1."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
 def _reduction(accelerator: Accelerator | None) -> Callable[[Tensor], Tensor] | None:

@@ -1,31 +1,116 @@
-"""Selects with however many processes launched this script; the first writes the selection to the given file."""
+"""Selects with however many processes launched this script; each writes its selections to the given folder."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from accelerate.utils import DataLoaderConfiguration
 from peft import get_peft_model
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainingArguments
 
-from peft_sam import SamConfig, select_parameters
-from tests.cases import VOCABULARY, bert
+from peft_sam import SamConfig, Selection, select_parameters
+from tests.cases import VOCABULARY, bert, gpt2
+
+Rows = list[dict[str, Any]]
+
+
+class Stream(IterableDataset):  # type: ignore[type-arg]
+    """Rows one after the other, without a length."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+def sentences(number: int) -> Rows:
+    ids = torch.randint(1, VOCABULARY, (number, 7), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row.tolist(), "labels": int(row[0] > VOCABULARY // 2)} for row in ids]
+
+
+def texts(number: int) -> Rows:
+    """Of unequal length."""
+    rows = sentences(number)
+    return [{"input_ids": row["input_ids"][: 3 + i % 5]} for i, row in enumerate(rows)]
+
+
+def together(rows: Rows) -> dict[str, Tensor]:
+    return {key: torch.tensor([row[key] for row in rows]) for key in rows[0]}
+
+
+def padded(rows: Rows) -> dict[str, Tensor]:
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": ids.where(ids > 0, -100)}
+
+
+def by_loader(data: Any, batch_size: int, model: Any, collate: Any, **options: Any) -> Selection:
+    accelerator = Accelerator(cpu=True, **options)
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)
+    if options:
+        loader = accelerator.prepare(loader)
+    return select_parameters(model, loader, accelerator=accelerator, progress=False)
+
+
+def by_trainer(rows: Rows, model: Any, folder: str) -> Selection:
+    args = TrainingArguments(
+        output_dir=folder, per_device_train_batch_size=2, gradient_accumulation_steps=3, use_cpu=True, report_to=[]
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=rows, data_collator=together)  # type: ignore[arg-type]
+    return select_parameters(trainer, progress=False)
+
+
+def classifier() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
+
+
+def generator() -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(gpt2(), SamConfig(task_type="CAUSAL_LM", density=0.05))
+
+
+SCENARIOS: dict[str, Callable[[str], Selection]] = {
+    "sizes that divide": lambda _: by_loader(sentences(24), 2, classifier(), together),
+    "sizes that do not divide": lambda _: by_loader(sentences(23), 3, classifier(), together),
+    "fewer batches than processes": lambda _: by_loader(sentences(5), 3, classifier(), together),
+    "texts of unequal length": lambda _: by_loader(texts(17), 3, generator(), padded),
+    "a prepared loader, accumulating": lambda _: by_loader(
+        sentences(23), 3, classifier(), together, gradient_accumulation_steps=4
+    ),
+    "a stream": lambda _: by_loader(
+        Stream(sentences(23)),
+        3,
+        classifier(),
+        together,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=False),
+    ),
+    "a stream that the first process reads": lambda _: by_loader(
+        Stream(sentences(23)),
+        3,
+        classifier(),
+        together,
+        dataloader_config=DataLoaderConfiguration(dispatch_batches=True),
+    ),
+    "a Trainer, accumulating": lambda folder: by_trainer(sentences(23), classifier(), folder),
+}
 
 
 def main() -> None:
-    torch.manual_seed(0)
     torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    model = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
-    ids = torch.randint(1, VOCABULARY, (24, 7))
-    data = Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] > VOCABULARY // 2).long().tolist()})
-    loader = DataLoader(data.with_format("torch"), batch_size=12 // accelerator.num_processes)
-    selection = select_parameters(model, loader, accelerator=accelerator, progress=False)
-    if accelerator.is_main_process:
-        selection.save(sys.argv[1])
-    accelerator.end_training()
+    folder, rank = Path(sys.argv[1]), Accelerator(cpu=True).process_index
+    folder.mkdir(exist_ok=True)
+    for name, scenario in SCENARIOS.items():
+        scenario(str(folder / "trainer")).save(folder / f"{name}-{rank}.safetensors")
+    Accelerator().end_training()
 
 
 if __name__ == "__main__":

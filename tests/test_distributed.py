@@ -7,31 +7,52 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from peft_sam import Selection
+from tests.select_in_processes import SCENARIOS
 
 ROOT = Path(__file__).parent.parent
 
 
-def select(processes: int, file: Path) -> Selection:
+def launch(script: str, processes: int, file: Path) -> Path:
+    """Run a script of the tests, which writes a file, in so many processes."""
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(
-        [*command, f"--nproc-per-node={processes}", "-m", "tests.select_in_processes", str(file)],
+        [*command, f"--nproc-per-node={processes}", "-m", f"tests.{script}", str(file)],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return Selection.load(file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def selections(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → the folder with what each of them selected in each scenario."""
+    folder = tmp_path_factory.mktemp("selections")
+    return {processes: launch("select_in_processes", processes, folder / str(processes)) for processes in (1, 2, 3, 4)}
 
 
 @pytest.mark.slow
-def test_two_processes_select_what_one_selects(tmp_path: Path) -> None:
-    one, two = (select(processes, tmp_path / f"{processes}.safetensors") for processes in (1, 2))
-    assert two.samples == one.samples == 24
-    assert two.threshold == pytest.approx(one.threshold, rel=1e-5)
-    different = sum(len(set(one.indices[name].tolist()) ^ set(two.indices[name].tolist())) for name in one.indices)
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_many_processes_select_what_one_selects(selections: dict[int, Path], scenario: str, processes: int) -> None:
+    one = Selection.load(selections[1] / f"{scenario}-0.safetensors")
+    every = [Selection.load(selections[processes] / f"{scenario}-{r}.safetensors") for r in range(processes)]
+    for selection in every:
+        assert selection.samples == one.samples
+        assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
+        assert all(torch.equal(selection.indices[name], every[0].indices[name]) for name in one.indices)
+    different = sum(len(set(one.indices[name].tolist()) ^ set(every[0].indices[name].tolist())) for name in one.indices)
     # entries whose scores agree with the threshold to rounding may change places
     assert different <= 2
+
+
+@pytest.mark.slow
+def test_a_model_sharded_over_two_processes_has_the_gradients_of_a_whole_one(tmp_path: Path) -> None:
+    whole, sharded = (torch.load(launch("train_in_processes", n, tmp_path / f"{n}.pt")) for n in (1, 2))
+    torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-6)

@@ -119,3 +119,25 @@ def test_training_in_bfloat16_autocast_learns(tmp_path: Path) -> None:
     assert selection.k == sum(len(v) for _, v in values(model).values())
     assert all(v.dtype == torch.float32 for _, v in values(model).values())
     assert isinstance(model.get_base_model(), nn.Module)
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}], ids=lambda o: next(iter(o)))
+def test_an_optimizer_step_calls_as_many_kernels_for_many_layers_as_for_few(options: dict[str, bool]) -> None:
+    calls = []
+    for layers in (2, 9):
+        base = nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+        config = SamConfig(target_modules="all", score="random", budget="tensor", density=0.5)
+        model = get_peft_model(base, config)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), **options)
+        model(torch.randn(2, 8)).sum().backward()
+        optimizer.step()
+        with torch.profiler.profile() as profile:
+            optimizer.step()
+        # a foreach operation that the CPU runs tensor by tensor counts as the one kernel that it is on a GPU
+        calls.append(
+            sum(
+                (event.name.startswith("aten::") and "foreach" in event.name) or "fused" in event.name
+                for event in profile.events()
+            )
+        )
+    assert calls[0] == calls[1] > 0
