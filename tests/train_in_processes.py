@@ -36,6 +36,7 @@ def main() -> None:
         found[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
     if dist.get_rank() == 0:
         torch.save(found, sys.argv[1])
+    dist.barrier()
     dist.destroy_process_group()
 
 
