@@ -37,7 +37,7 @@ def decode(model: Any) -> Callable[[], None]:
     @torch.no_grad()
     def run() -> None:
         model(input_ids=ids[:, CACHED:], past_key_values=cache, use_cache=True)
-        cache.crop(CACHED)
+        cache.crop(-1)
 
     return run
 

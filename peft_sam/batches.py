@@ -129,7 +129,7 @@ def _read_once(loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
             sampler.even_batches = False
         if type(dataset) is IterableDatasetShard:
             dataset.__class__ = _UnpaddedShard
-        yield _without_repeats(loader) if isinstance(loader, DataLoaderDispatcher) else loader
+        yield _WithoutRepeats(loader) if isinstance(loader, DataLoaderDispatcher) else loader
     finally:
         if evens:
             sampler.even_batches = True
@@ -150,16 +150,47 @@ class _UnpaddedShard(IterableDatasetShard):
                 yield element
 
 
-def _without_repeats(loader: DataLoaderDispatcher) -> Iterator[Any]:
+class _WithoutRepeats:
     """The batches of a loader that sends out parts of what the first process reads."""
-    for batch in loader:
-        if loader.end_of_dataloader:
-            size = find_batch_size(batch)
-            own = max(0, min(size, loader.remainder - size * loader.state.process_index))
-            if own == 0:
-                return
-            batch = slice_tensors(batch, slice(0, own))
-        yield batch
+
+    def __init__(self, loader: DataLoaderDispatcher) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self.loader
+        for batch in loader:
+            if loader.end_of_dataloader:
+                size = find_batch_size(batch)
+                own = max(0, min(size, loader.remainder - size * loader.state.process_index))
+                if own == 0:
+                    return
+                batch = slice_tensors(batch, slice(0, own))
+            yield batch
+
+
+def replayed(batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
+    """The batches again and again, in the same order whatever shuffles them.
+
+    Raises:
+        ValueError: if they can be read only once.
+    """
+    if isinstance(batches, Iterator):
+        raise ValueError(
+            "memory_budget asks for several passes over the data, but these batches can be read only once "
+            f"({type(batches).__name__}): pass a DataLoader or a list, or a larger memory_budget."
+        )
+    loader: Any = batches.loader if isinstance(batches, _WithoutRepeats) else batches
+    generators = {
+        id(g): g for of in (loader, getattr(loader, "sampler", None)) if (g := getattr(of, "generator", None))
+    }
+    states = {key: generator.get_state() for key, generator in generators.items()}
+    epoch = getattr(loader, "iteration", None)
+    while True:
+        for key, state in states.items():
+            generators[key].set_state(state)
+        if epoch is not None:
+            loader.iteration = epoch
+        yield batches
 
 
 def _count(model: nn.Module, batch: Any) -> float:

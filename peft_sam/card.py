@@ -28,9 +28,9 @@ def section(config: SamConfig) -> str:
     rows = {
         "base model": f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "not recorded",
         "trained entries": _of(chosen.get("k"), chosen.get("m")),
-        "density": f"{config.density:g}",
-        "score": f"`{config.score}`",
-        "budget": f"`{config.budget}`",
+        "density": f"{chosen.get('density', config.density):g}",
+        "score": f"`{chosen.get('score', config.score)}`",
+        "budget": f"`{chosen.get('budget', config.budget)}`",
         "selected from": _pass(chosen),
         "threshold": f"{chosen['threshold']:.4g}" if "threshold" in chosen else "not recorded",
     }

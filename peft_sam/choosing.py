@@ -39,7 +39,7 @@ def choose(
     """
     statistics = statistics or {}
     scores = {
-        name: _ChunkedScores(score, name, parameter, {kind: of[name] for kind, of in statistics.items()}, seed)
+        name: ChunkedScores(score, name, parameter, {kind: of[name] for kind, of in statistics.items()}, seed)
         for name, parameter in parameters.items()
     }
     if budget == "global":
@@ -53,31 +53,33 @@ def choose(
             else:
                 indices[name] = torch.empty(0, dtype=torch.int64)
         if not any(map(len, indices.values())):
-            _raise_empty(density, max((s.numel for s in scores.values()), default=0), "of the largest candidate")
+            raise_empty(density, max((s.numel for s in scores.values()), default=0))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     return Selection(indices, shapes, score, budget, density, threshold)
 
 
-def _choose_in(scores: Mapping[str, _ChunkedScores], density: float) -> tuple[dict[str, Tensor], float]:
+def _choose_in(scores: Mapping[str, ChunkedScores], density: float) -> tuple[dict[str, Tensor], float]:
     entries = sum(of_one.numel for of_one in scores.values())
     k = budget_of(density, entries)
     if k == 0:
-        _raise_empty(density, entries, "of all candidates together")
+        raise_empty(density, entries)
     return largest(scores, k)
 
 
-def _raise_empty(density: float, entries: int, of_what: str) -> None:
+def raise_empty(density: float, entries: int) -> None:
+    """Say that `density` of so many entries, of all candidates or of the largest, is not one entry."""
     raise ValueError(
-        f"density {density} {of_what} ({entries:,} entries) is less than one entry: nothing would be trained. "
-        f"Use a density of at least {1 / max(entries, 1):.2g}."
+        f"density {density} of {entries:,} entries is less than one entry: nothing would be trained. Use a density of "
+        f"at least {1 / max(entries, 1):.2g}."
     )
 
 
-class _ChunkedScores:
+class ChunkedScores:
     """The scores of one parameter, computed piece by piece each time they are asked for."""
 
     def __init__(self, score: str, name: str, parameter: Tensor, statistics: Mapping[str, Tensor], seed: int) -> None:
-        self.row, self.name, self.numel = SCORES[score], name, parameter.numel()
+        self.row, self.name = SCORES[score], name
+        self.numel = next(iter(statistics.values()), parameter).numel()
         # the CPU generator reads 32 bits of its seed
         self.seed = zlib.crc32(f"{seed} {name}".encode())
         sources = {"weight": parameter, **statistics}
@@ -90,6 +92,7 @@ class _ChunkedScores:
                 )
 
     def __call__(self) -> Iterator[Tensor]:
+        """The scores' bits, in flat order."""
         generator = torch.Generator().manual_seed(self.seed)
         flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
         for start in range(0, self.numel, CHUNK):

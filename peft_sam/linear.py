@@ -31,33 +31,33 @@ class SamLinear(SamLayer):
             return self._added_to_output(changes, args[0])
         if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
             return super()._forward_with(changes, *args)
-        return sparse_linear(
-            args[0], weight, base.bias, changes["weight"], changes.get("bias", ()), isinstance(base, Conv1D)
-        )
+        return sparse_linear(args[0], weight, base.bias, changes["weight"], changes.get("bias", ()), self.transposed)
 
     def _added_to_output(self, changes: Mapping[str, list[SparseDelta]], x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         if "weight" in changes:
             x = x.to(y.device, y.dtype)
-            added = sparse_linear(x if x.ndim > 1 else x[None], None, None, changes["weight"], (), self._transposed())
+            added = sparse_linear(x if x.ndim > 1 else x[None], None, None, changes["weight"], (), self.transposed)
             y = y + added.to(y.dtype).view(y.shape)
         for delta in changes.get("bias", ()):
             y = y.index_add(-1, delta.checked_indices(), delta.values.to(y.dtype).expand(*y.shape[:-1], -1))
         return y
 
-    def _transposed(self) -> bool:
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored as (inputs × outputs)."""
         return isinstance(self.get_base_layer(), Conv1D)
 
     def _prepare(self, name: str, delta: SparseDelta) -> None:
         super()._prepare(name, delta)
         if name == "weight":
-            plan_linear(delta, self._transposed())
+            plan_linear(delta, self.transposed)
 
     def extra_repr(self) -> str:
         """How the products of each adapter are computed."""
         deltas = {name: self.deltas(name).get("weight") for name in self.sam_sparse_delta}
         plans = [
-            f"{name}: {plan_linear(delta, self._transposed())}"
+            f"{name}: {plan_linear(delta, self.transposed)}"
             for name, delta in deltas.items()
             if delta is not None and not delta.pending and not delta.indices.is_meta
         ]

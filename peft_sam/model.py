@@ -6,18 +6,17 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support
 from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.layers import make_layer
-from peft_sam.owned import own_parameters, stored_parameters
-from peft_sam.scores import SCORES
+from peft_sam.owned import own_parameters
 from peft_sam.selection import Selection
 from peft_sam.targets import base_modules, base_name, resolve_targets
 from peft_sam.ties import tie
@@ -88,7 +87,8 @@ class SamModel(BaseTuner):
 
         tie(model, adapter_name, wrap, config.counts)
         if config.selection is None and not config.needs_data:
-            selection = SamModel.chooser(candidates_of(model, adapter_name, config.score), config)
+            check_weights(model, adapter_name, config.score)
+            selection = SamModel.chooser(candidates_of(model, adapter_name), config)
             apply_selection(model, adapter_name, config, selection)
 
     def _inject_nested(self, model: nn.Module, adapter_name: str) -> None:
@@ -106,7 +106,7 @@ class SamModel(BaseTuner):
 
     def awaits_file(self, adapter_name: str) -> bool:
         """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
-        return self.peft_config[adapter_name].selection is not None and not _has_support(self.model, adapter_name)
+        return self.peft_config[adapter_name].selection is not None and not has_support(self.model, adapter_name)
 
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter whose injection or loading failed; the model is as it was before."""
@@ -234,7 +234,7 @@ class SamModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check a file's deltas, then put them in the layers with the sizes that the file has."""
         layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
-        counts = None if _has_support(model, adapter_name) else config.counts
+        counts = None if has_support(model, adapter_name) else config.counts
         found = read_file(state_dict, layers, adapter_name, counts)
         for name, layer in layers.items():
             parts = found.get(name, {})
@@ -263,63 +263,3 @@ def _entries(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None)
                 "the adapter was made for another base model, or the file is damaged."
             )
     return known
-
-
-def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
-    """All deltas of an adapter, pending ones included, by parameter name in the unwrapped base model."""
-    return {
-        f"{module}.{name}": delta
-        for module, layer in sam_layers(model).items()
-        for name, delta in layer.deltas(adapter_name).items()
-    }
-
-
-def _has_support(model: nn.Module, adapter_name: str) -> bool:
-    return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
-
-
-def candidates_of(model: nn.Module, adapter_name: str, score: str | None = None) -> dict[str, Tensor]:
-    """The base parameters that a pending adapter can change, by name, in the base model's order.
-
-    Raises:
-        ValueError: if `score` looks at more than shapes, and a parameter is quantised or offloaded.
-    """
-    found: dict[str, Tensor] = {}
-    for module, layer in sam_layers(model).items():
-        own, stored = layer.parameters_below(), stored_parameters(layer.get_base_layer())
-        for name in layer.deltas(adapter_name):
-            found[f"{module}.{name}"] = own[name]
-            if score is not None and SCORES[score].reads_parameters and own[name] is not stored[name]:
-                raise ValueError(
-                    f"score {score!r} needs the weights or their gradients, but {module}.{name} is quantised or "
-                    'offloaded. Use score="random", or select on the full-precision model in memory and pass the '
-                    "result: select_parameters(model, selection=...)."
-                )
-    return found
-
-
-def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, selection: Selection) -> None:
-    """Give a pending adapter the support of `selection`, with deltas of zero.
-
-    Raises:
-        ValueError: if the selection was made for other candidates; names the first difference.
-    """
-    candidates = {name: parameter.shape for name, parameter in candidates_of(model, adapter_name).items()}
-    for name in [*candidates, *selection.shapes]:
-        here, there = candidates.get(name), selection.shapes.get(name)
-        if here != there:
-            raise ValueError(
-                f"the selection was made for another base model or other targets: {name!r} "
-                + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
-                + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
-            )
-    generator = torch.Generator().manual_seed(config.seed)
-    for module, layer in sam_layers(model).items():
-        names = list(layer.deltas(adapter_name))
-        layer.set_support(
-            adapter_name,
-            {name: found for name in names if len(found := selection.indices[f"{module}.{name}"])},
-        )
-        if not config.init_weights:
-            layer.reset_values(adapter_name, generator)
-    config.selection = selection.summary()

@@ -72,11 +72,6 @@ class Score:
         """The inputs that come from data; empty for a score that selects without data."""
         return tuple(name for name in self.inputs if name in DATA_INPUTS)
 
-    @property
-    def reads_parameters(self) -> bool:
-        """Whether the weights or their gradients are needed, and not only their shapes."""
-        return self.inputs != ("noise",)
-
 
 SCORES: dict[str, Score] = {
     function.__name__: Score(function, tuple(inspect.signature(function).parameters))

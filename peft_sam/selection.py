@@ -61,6 +61,9 @@ class Selection:
         return {
             "k": self.k,
             "m": self.m,
+            "score": self.score,
+            "budget": self.budget,
+            "density": self.density,
             "threshold": self.threshold,
             "samples": self.samples,
             "batches": self.batches,

@@ -6,20 +6,26 @@ Takes a Trainer, or a model and batches; runs the pass over the data; chooses; g
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import Trainer
 
-from peft_sam.batches import from_loader, from_trainer
+from peft_sam.batches import from_loader, from_trainer, replayed
+from peft_sam.candidates import apply_selection, candidates_of, deltas_of, hidden_of
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
 from peft_sam.config import CURVATURES, SamConfig
 from peft_sam.curvature import damped
-from peft_sam.gradients import accumulate
+from peft_sam.gradients import GradientStatistics, accumulate
+from peft_sam.groups import Group, choose_by_groups, groups_within
 from peft_sam.layer import selecting
-from peft_sam.model import apply_selection, candidates_of, deltas_of
+from peft_sam.linear import SamLinear
+from peft_sam.linear_calls import LinearCall
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
 
@@ -36,6 +42,7 @@ def select_parameters(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     count_fn: Callable[[Any], float] | None = None,
     max_batches: int | None = None,
+    memory_budget: int | str | None = None,
     train_mode: bool = False,
     selection: Selection | None = None,
     progress: bool | None = None,
@@ -56,6 +63,9 @@ def select_parameters(
         count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
             default the number of target tokens where `labels` are token labels, else the number of examples.
         max_batches: stop after so many batches; None for all of them.
+        memory_budget: for the statistics, in bytes or as "8GiB"; None for what one pass needs, a float32 number per
+            candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
+            selection is the same.
         train_mode: run the model in train mode (dropout on), as the paper's code does.
         selection: use this selection, for instance a loaded one, instead of running the pass.
         progress: a progress bar on the main process; by default on, for a Trainer as in its training.
@@ -81,8 +91,7 @@ def select_parameters(
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapter_name, config = _pending_adapter(model, adapter_name)
     if selection is None:
-        candidates = candidates_of(model, adapter_name, config.score)
-        found = None
+        candidates = candidates_of(model, adapter_name)
         if config.needs_data:
             source_of_batches = (
                 from_trainer(trainer, model, count_fn)
@@ -90,24 +99,69 @@ def select_parameters(
                 else from_loader(model, dataloader, accelerator, loss_fn, count_fn)
             )
             with source_of_batches as (batches, loss), selecting(sam_layers(model).values()):
-                found = accumulate(
-                    model,
-                    candidates,
-                    itertools.islice(batches, max_batches),
-                    loss,
-                    statistics=config.statistics,
-                    train_mode=train_mode,
-                    probes=config.probes,
-                    seed=config.seed,
-                    reduce=_reduction(accelerator),
-                    total=_length(batches, max_batches),
-                    progress=_wants_progress(trainer, accelerator, progress),
-                )
-        selection = choose_for(candidates, config, found.tensors if found else None)
-        if found:
-            selection.samples, selection.batches, selection.seconds = found.samples, found.batches, found.seconds
+                groups = _groups(candidates, config, memory_budget)
+                again = replayed(batches) if len(groups) > 1 else iter([batches])
+                shown = _wants_progress(trainer, accelerator, progress)
+                if shown and len(groups) > 1:
+                    tqdm.write(f"memory_budget={memory_budget!r}: {len(groups)} passes over the data.")
+                passes: list[GradientStatistics] = []
+
+                def run(group: Group) -> GradientStatistics:
+                    whole = len(groups) == 1
+                    passes.append(
+                        accumulate(
+                            model,
+                            {name: candidates[name] for name in group},
+                            _first(next(again), max_batches),
+                            loss,
+                            statistics=config.statistics,
+                            train_mode=train_mode,
+                            probes=config.probes,
+                            seed=config.seed,
+                            hidden={name: call for name, call in calls.items() if name in group},
+                            pieces={} if whole else group,
+                            reduce=_reduction(accelerator),
+                            total=_length(batches, max_batches),
+                            progress=shown,
+                        )
+                    )
+                    return passes[-1]
+
+                calls = _linear_calls(model, adapter_name)
+                if len(groups) == 1:
+                    selection = choose_for(candidates, config, run(groups[0]).tensors)
+                else:
+                    selection = choose_by_groups(
+                        candidates,
+                        groups,
+                        lambda group: _curved(config, run(group).tensors),
+                        score=config.score,
+                        density=config.density,
+                        budget=config.budget,
+                    )
+            selection.samples, selection.batches = passes[-1].samples, passes[-1].batches
+            selection.seconds = sum(one.seconds for one in passes)
+        else:
+            selection = choose_for(candidates, config)
     apply_selection(model, adapter_name, config, selection)
     return selection
+
+
+def _linear_calls(model: nn.Module, adapter_name: str) -> dict[str, LinearCall]:
+    """The layers that tell the gradients of quantised and offloaded candidates.
+
+    Raises:
+        ValueError: if such a candidate is no linear layer's.
+    """
+    calls = {}
+    for name, (layer, there) in hidden_of(model, adapter_name).items():
+        if not isinstance(layer, SamLinear):
+            raise ValueError(
+                f"{name} is quantised or offloaded, and only linear layers tell such a parameter's gradient. Leave the "
+                "module out with exclude_modules, keep it in memory in full precision, or pass a selection made there."
+            )
+        calls[name] = LinearCall(layer.get_base_layer(), there, layer.transposed)
+    return calls
 
 
 def choose_for(
@@ -116,18 +170,46 @@ def choose_for(
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Selection:
     """`choose` as a config says."""
-    statistics = dict(statistics or {})
-    if "curvature" in SCORES[config.score].inputs:
-        diagonal = statistics.pop(CURVATURES[config.curvature])
-        statistics["curvature"] = damped(diagonal, config.damping, config.absolute_damping)
     return choose(
         candidates,
         score=config.score,
         density=config.density,
         budget=config.budget,
         seed=config.seed,
-        statistics=statistics,
+        statistics=_curved(config, statistics or {}),
     )
+
+
+def _curved(config: SamConfig, statistics: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
+    """The statistics as the score names them."""
+    if "curvature" not in SCORES[config.score].inputs:
+        return statistics
+    source = CURVATURES[config.curvature]
+    curvature = damped(statistics[source], config.damping, config.absolute_damping)
+    return {"curvature": curvature, **{kind: of for kind, of in statistics.items() if kind != source}}
+
+
+def _groups(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: int | str | None) -> Sequence[Group]:
+    """The candidates of each pass.
+
+    Raises:
+        ValueError: if the budget is no size, or the score cannot be computed for some candidates at a time.
+    """
+    sizes = {name: parameter.numel() for name, parameter in candidates.items()}
+    if memory_budget is None:
+        return groups_within(sizes, max(1, sum(sizes.values())))
+    budget = convert_file_size_to_int(memory_budget)
+    widest = max(torch.promote_types(p.dtype, torch.float32).itemsize for p in candidates.values())
+    entry = widest * len(config.statistics)
+    if budget < entry:
+        raise ValueError(f"memory_budget={memory_budget!r} does not hold the statistics of one entry, {entry} bytes.")
+    groups = groups_within(sizes, budget // entry)
+    if len(groups) > 1 and "curvature" in SCORES[config.score].inputs and not config.absolute_damping:
+        raise ValueError(
+            "damping is a share of the mean over all candidates, which one pass must see together: set "
+            "absolute_damping=True, or leave out memory_budget."
+        )
+    return groups
 
 
 def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:
@@ -168,6 +250,11 @@ def _reduction(accelerator: Accelerator | None) -> Callable[[Tensor], Tensor] | 
     if accelerator is None or accelerator.num_processes == 1:
         return None
     return lambda tensor: accelerator.reduce(tensor, reduction="sum")
+
+
+def _first(batches: Iterable[Any], number: int | None) -> Iterator[Any]:
+    """The first batches; a loader draws its seed at the first of them, where the pass keeps the random states."""
+    yield from itertools.islice(batches, number)
 
 
 def _length(batches: Iterable[Any], max_batches: int | None) -> int | None:

@@ -11,7 +11,7 @@ PACKAGE = Path(peft_sam.__file__).parent
 
 # From the ground up; a file imports only from floors below its own. The two wings share no floor.
 GROUND = ["_peft", "support", "scores", "selection", "config"]
-CHOOSING = ["threshold", "curvature", "gradients", "choosing"]
+CHOOSING = ["threshold", "curvature", "linear_calls", "sums", "gradients", "choosing", "groups"]
 ADAPTING = [
     "delta",
     "substitute",
@@ -28,6 +28,7 @@ ADAPTING = [
     "targets",
     "ties",
     "checkpoint",
+    "candidates",
     "model",
 ]
 STAIRS = ["card", "report", "batches", "selector", "__init__"]

@@ -27,7 +27,11 @@ def parameters() -> dict[str, Tensor]:
 
 def statistics(of: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     gradient = {name: torch.randn_like(p) for name, p in of.items()}
-    return {"gradient": gradient, "squared_gradient": {name: g**2 for name, g in gradient.items()}}
+    return {
+        "gradient": gradient,
+        "squared_gradient": {name: g**2 for name, g in gradient.items()},
+        "curvature": {name: torch.rand_like(g) + 0.1 for name, g in gradient.items()},
+    }
 
 
 def needed(score: str, every: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:

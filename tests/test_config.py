@@ -63,7 +63,10 @@ def test_a_moved_private_name_of_peft_fails_with_the_supported_range() -> None:
         ({"density": float("nan")}, r"got nan"),
         ({"density": "many"}, r"got 'many'"),
         ({"density": True}, r"got True"),
-        ({"score": "sharpness"}, r"one of \['fisher', 'magnitude', 'random', 'sam', 'sam_curvature'\]; got 'sharpness'"),
+        (
+            {"score": "sharpness"},
+            r"one of \['fisher', 'magnitude', 'random', 'sam', 'sam_curvature'\]; got 'sharpness'",
+        ),
         ({"score": ["sam"]}, r"got \['sam'\]"),
         ({"budget": "layer"}, r"one of \['global', 'tensor'\]; got 'layer'"),
         ({"seed": -1}, r"non-negative integer; got -1"),

@@ -14,7 +14,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-from peft_sam import SamConfig, SamLayer, select_parameters
+from peft_sam import SamConfig, SamLayer, accumulate, select_parameters
+from peft_sam.gradients import Loss
+from peft_sam.linear_calls import LinearCall
 from tests.cases import Sequential, bert
 from tests.reference import adapted_copy
 
@@ -142,22 +144,85 @@ def test_a_quantised_adapter_goes_through_a_file_and_refuses_to_merge(tmp_path: 
         model.merge_adapter()
 
 
-@pytest.mark.parametrize("score", ["magnitude", "sam"])
-def test_a_score_that_reads_hidden_weights_says_what_to_do(score: str) -> None:
+def test_a_score_that_reads_hidden_weights_says_what_to_do() -> None:
     class Hidden(Tensor):
         pass
 
     base = Sequential(nn.Linear(8, 4))
     base[0].weight = nn.Parameter(base[0].weight.detach().as_subclass(Hidden), requires_grad=False)
-
-    def select() -> None:
-        model = get_peft_model(base, SamConfig(target_modules="all", score=score, density=0.2))
-        select_parameters(model, [], loss_fn=lambda model, batch: model(batch).sum())
-
-    with pytest.raises(ValueError, match=r"0\.weight is quantised or offloaded. Use score=\"random\""):
-        select()
+    with pytest.raises(ValueError, match=r"'magnitude' reads the weights, but 0\.weight is quantised or offloaded"):
+        get_peft_model(base, SamConfig(target_modules="all", score="magnitude", density=0.2))
 
 
 def test_a_printed_layer_shows_how_its_products_are_computed() -> None:
     model = adapted(Sequential(nn.Linear(64, 64)))
     assert "default: sampled" in repr(model) or "default: submatrix" in repr(model)
+
+
+# selecting
+
+
+@pytest.mark.parametrize("score", ["sam", "fisher", "sam_curvature"])
+@pytest.mark.parametrize("kind", ["torchao", "4 bits"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_layer_is_selected_by_the_gradient_of_its_dequantised_self(kind: str, score: str) -> None:
+    base = quantised(kind, Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)))
+    config = SamConfig(target_modules="all-linear", score=score, density=0.02)
+    batches = [torch.randn(5, 64), torch.randn(3, 64)]
+    found = [
+        select_parameters(
+            get_peft_model(of, config), batches, loss_fn=lambda m, x: m(x).square().mean(), count_fn=len, progress=False
+        )
+        for of in (dequantised(base), base)
+    ]
+    assert found[1].threshold == pytest.approx(found[0].threshold, rel=1e-3)
+    plain, packed = ({(n, i) for n, of in s.indices.items() for i in of.tolist()} for s in found)
+    assert len(plain & packed) >= 0.98 * len(plain)  # entries near the threshold may change places
+
+
+@pytest.mark.parametrize("how", ["offloaded", "checkpointed", "checkpointed, reentrant"])
+def test_where_the_weights_are_does_not_change_the_selection(how: str) -> None:
+    def select(base: Any) -> Any:
+        model = get_peft_model(base, SamConfig(task_type="SEQ_CLS", density=0.05))
+        return select_parameters(model, [classification(3), classification(4)], progress=False)
+
+    def classification(n: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(n)
+        return {"input_ids": torch.randint(1, 50, (n, 6), generator=generator), "labels": torch.arange(n) % 2}
+
+    base = bert()
+    expected = select(copy.deepcopy(base))
+    if how == "offloaded":
+        cpu_offload(base.bert.encoder, execution_device="cpu")
+    else:
+        base.activation_checkpointing_enable({"use_reentrant": "reentrant" in how})
+    got = select(base)
+    assert got.threshold == pytest.approx(expected.threshold, rel=1e-5)
+    assert all(torch.equal(got.indices[name], expected.indices[name]) for name in expected.indices)
+
+
+def test_a_layer_that_runs_twice_in_a_batch_adds_up_its_gradients_before_they_are_squared() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x).tanh())
+
+    model, x = Twice(), torch.randn(4, 6)
+    parameters = {f"linear.{name}": p for name, p in model.linear.named_parameters()}
+    calls = {name: LinearCall(model.linear, name.removeprefix("linear.")) for name in parameters}
+    found = [
+        accumulate(
+            model,
+            parameters,
+            [x],
+            lambda x: Loss(model(x).square().mean(), 1),
+            statistics=["gradient", "squared_gradient"],
+            hidden=hidden,
+            progress=False,
+        ).tensors
+        for hidden in ({}, calls)
+    ]
+    torch.testing.assert_close(*found)

@@ -22,8 +22,8 @@ from peft import (
 from torch import Tensor, nn
 
 from peft_sam import PendingAdapterError, SamConfig, select_parameters
+from peft_sam.candidates import deltas_of
 from peft_sam.layer import SamLayer
-from peft_sam.model import deltas_of
 from tests.cases import NETS, NetCase, bert, gpt2, names, vit
 from tests.reference import adapted_copy
 
@@ -148,7 +148,6 @@ def test_a_failing_second_adapter_leaves_the_first_alone() -> None:
     torch.testing.assert_close(logits(model, BATCH), before, rtol=0, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
     model, batch = get_peft_model(gpt2(), config(task_type="CAUSAL_LM")).train(), NETS[2].batch(2)
@@ -163,7 +162,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
 
     plain = gradients()
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name])
 

@@ -235,7 +235,7 @@ def test_a_data_free_score_selects_inside_get_peft_model() -> None:
         assert sum(map(len, found.values())) == model.peft_config["default"].selection["k"]
         if score == "magnitude":
             parameters = dict(base.named_parameters())
-            from peft_sam.model import candidates_of
+            from peft_sam.candidates import candidates_of
 
             pending, _ = adapt(NETS[0])
             weights = {n: parameters[n].detach().abs() for n in candidates_of(pending, "default")}

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.model import candidates_of
+from peft_sam.candidates import candidates_of
 from tests.cases import NETS, NetCase, bert, gpt2, names, t5
 
 

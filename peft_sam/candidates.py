@@ -1,0 +1,87 @@
+"""What an adapter can change, what of it is chosen, and giving it its support."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peft_sam.checkpoint import sam_layers
+from peft_sam.config import SamConfig
+from peft_sam.delta import SparseDelta
+from peft_sam.layer import SamLayer
+from peft_sam.owned import stored_parameters
+from peft_sam.scores import SCORES
+from peft_sam.selection import Selection
+
+
+def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
+    """All deltas of an adapter, pending ones included, by parameter name in the unwrapped base model."""
+    return {
+        f"{module}.{name}": delta
+        for module, layer in sam_layers(model).items()
+        for name, delta in layer.deltas(adapter_name).items()
+    }
+
+
+def has_support(model: nn.Module, adapter_name: str) -> bool:
+    """Whether any delta of the adapter has its support."""
+    return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
+
+
+def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The base parameters that a pending adapter can change, by name, in the base model's order."""
+    return {
+        f"{module}.{name}": layer.parameters_below()[name]
+        for module, layer in sam_layers(model).items()
+        for name in layer.deltas(adapter_name)
+    }
+
+
+def hidden_of(model: nn.Module, adapter_name: str) -> dict[str, tuple[SamLayer, str]]:
+    """The candidates that are quantised or offloaded: name → layer and name there."""
+    found = {}
+    for module, layer in sam_layers(model).items():
+        own, stored = layer.parameters_below(), stored_parameters(layer.get_base_layer())
+        found.update({f"{module}.{n}": (layer, n) for n in layer.deltas(adapter_name) if own[n] is not stored[n]})
+    return found
+
+
+def check_weights(model: nn.Module, adapter_name: str, score: str) -> None:
+    """Whether the weights that a score reads can be read.
+
+    Raises:
+        ValueError: if not; names one.
+    """
+    if "weight" in SCORES[score].inputs and (hidden := hidden_of(model, adapter_name)):
+        raise ValueError(
+            f"score {score!r} reads the weights, but {next(iter(hidden))} is quantised or offloaded. Use another "
+            "score, leave the module out with exclude_modules, or select on the full-precision model in memory and "
+            "pass the result: select_parameters(model, selection=...)."
+        )
+
+
+def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, selection: Selection) -> None:
+    """Give a pending adapter the support of `selection`, with deltas of zero.
+
+    Raises:
+        ValueError: if the selection was made for other candidates; names the first difference.
+    """
+    candidates = {name: parameter.shape for name, parameter in candidates_of(model, adapter_name).items()}
+    for name in [*candidates, *selection.shapes]:
+        here, there = candidates.get(name), selection.shapes.get(name)
+        if here != there:
+            raise ValueError(
+                f"the selection was made for another base model or other targets: {name!r} "
+                + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
+                + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
+            )
+    generator = torch.Generator().manual_seed(config.seed)
+    for module, layer in sam_layers(model).items():
+        names = list(layer.deltas(adapter_name))
+        layer.set_support(
+            adapter_name,
+            {name: found for name in names if len(found := selection.indices[f"{module}.{name}"])},
+        )
+        if not config.init_weights:
+            layer.reset_values(adapter_name, generator)
+    config.selection = selection.summary()
