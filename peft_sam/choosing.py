@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
+from peft_sam.processes import Processes
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
+from peft_sam.shards import is_sharded, local, sharing, start_of
 from peft_sam.threshold import bits_of, budget_of, largest
 
 # Entries whose scores exist at a time; also fixes how the noise of a seeded score is drawn.
@@ -28,7 +30,8 @@ def choose(
     """Select the entries of `parameters` with the largest scores.
 
     Args:
-        parameters: name → candidate, in the order that breaks ties.
+        parameters: name → candidate, in the order that breaks ties. Of sharded ones (FSDP2) each process brings the
+            statistics of its shard, and all call this; every process gets the whole selection.
         score: a row of `scores.SCORES`.
         density, budget: p and how k comes from it, as in `SamConfig`.
         seed: of the score "random".
@@ -38,32 +41,36 @@ def choose(
         ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
     """
     statistics = statistics or {}
-    scores = {
-        name: ChunkedScores(score, name, parameter, {kind: of[name] for kind, of in statistics.items()}, seed)
-        for name, parameter in parameters.items()
-    }
-    if budget == "global":
-        indices, threshold = _choose_in(scores, density)
-    else:
-        indices, threshold = {}, float("inf")
-        for name, of_one in scores.items():
-            if budget_of(density, of_one.numel):
-                positions, smallest = largest({name: of_one}, budget_of(density, of_one.numel))
-                indices[name], threshold = positions[name], min(threshold, smallest)
-            else:
-                indices[name] = torch.empty(0, dtype=torch.int64)
-        if not any(map(len, indices.values())):
-            raise_empty(density, max((s.numel for s in scores.values()), default=0))
+    over = None if SCORES[score].inputs == ("noise",) else sharing(parameters)
+    scores = {}
+    for name, parameter in parameters.items():
+        inputs = {kind: of[name] for kind, of in statistics.items()}
+        part = parameter if over is None else local(parameter)
+        if over is not None and over.rank and not is_sharded(parameter):
+            # all processes hold the same: the first answers for them
+            part, inputs = part.flatten()[:0], {kind: tensor.flatten()[:0] for kind, tensor in inputs.items()}
+        scores[name] = ChunkedScores(score, name, part, inputs, seed)
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    indices, thresholds = {name: torch.empty(0, dtype=torch.int64) for name in sizes}, []
+    for names in [list(sizes)] if budget == "global" else [[name] for name in sizes]:
+        if k := budget_of(density, sum(sizes[name] for name in names)):
+            positions, smallest = largest({name: scores[name] for name in names}, k, over)
+            indices.update(positions)
+            thresholds.append(smallest)
+    if not thresholds:
+        raise_empty(density, sum(sizes.values()) if budget == "global" else max(sizes.values(), default=0))
+    if over is not None:
+        indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return Selection(indices, shapes, score, budget, density, threshold)
+    return Selection(indices, shapes, score, budget, density, min(thresholds))
 
 
-def _choose_in(scores: Mapping[str, ChunkedScores], density: float) -> tuple[dict[str, Tensor], float]:
-    entries = sum(of_one.numel for of_one in scores.values())
-    k = budget_of(density, entries)
-    if k == 0:
-        raise_empty(density, entries)
-    return largest(scores, k)
+def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:
+    """The positions that all processes found, by parameter; processes hold rows in their order."""
+    lengths = over.each(torch.tensor([len(found) for found in indices.values()]))
+    every = over.each(torch.cat(list(indices.values())))
+    parts = [found.split(of_each.tolist()) for found, of_each in zip(every, lengths, strict=True)]
+    return {name: torch.cat(found) for name, found in zip(indices, zip(*parts, strict=True), strict=True)}
 
 
 def raise_empty(density: float, entries: int) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from peft_sam.processes import Processes
+
 
 def signs(name: str, like: Tensor, probe: int, seed: int) -> Tensor:
     """Rademacher's vector number `probe` for a parameter: the same on every device, batch and process."""
@@ -42,13 +44,21 @@ def hessian_products(
                 yield name, product * vectors[name]
 
 
-def damped(diagonal: Mapping[str, Tensor], damping: float, absolute: bool) -> dict[str, Tensor]:
+def damped(
+    diagonal: Mapping[str, Tensor], damping: float, absolute: bool, sharing: Processes | None = None
+) -> dict[str, Tensor]:
     """|h| + λ, positive; λ is `damping`, or that share of the mean of |h| over all entries.
 
     Theorem 3 wants h > 0. Where the true Hessian has negative entries, |h| ranks by how fast the gradient changes.
+
+    Args:
+        sharing: the processes that hold the parts of `diagonal`, if it is sharded.
     """
     entries = sum(tensor.numel() for tensor in diagonal.values())
-    mean = sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in diagonal.values()) / entries
+    total = sum(float(tensor.abs().sum(dtype=torch.float64)) for tensor in diagonal.values())
+    if sharing is not None:
+        total, entries = sharing.sum(torch.tensor([total, entries], dtype=torch.float64)).tolist()
+    mean = total / entries
     smallest = torch.finfo(torch.float32).tiny
     added = max(damping if absolute else damping * mean, smallest)
     return {name: tensor.abs().add_(added) for name, tensor in diagonal.items()}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from peft_sam.linear_calls import LinearCall
+from peft_sam.processes import Processes
 from peft_sam.sums import Loss, Sums
 
 
@@ -47,7 +49,8 @@ def accumulate(
     seed: int = 0,
     hidden: Mapping[str, LinearCall] | None = None,
     pieces: Mapping[str, tuple[int, int]] | None = None,
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    in_host_memory: bool = False,
+    processes: Processes | None = None,
     total: int | None = None,
     progress: bool = True,
 ) -> GradientStatistics:
@@ -71,54 +74,53 @@ def accumulate(
         hidden: name → the linear layer that owns the parameter, for parameters that cannot have a gradient of their
             own (quantised, offloaded): theirs is computed from the layer's inputs and its outputs' gradients.
         pieces: name → flat positions (start, stop), to accumulate only these entries, in flat tensors.
-        reduce: sums a tensor over processes; called once per accumulator, after the last batch.
+        in_host_memory: keep the accumulators there instead of next to the parameters.
+        processes: those that share the pass, each with batches of its own. Their sums are added up once, after the
+            last batch; those of sharded parameters (FSDP2) batch by batch, each process keeping its shard.
         total: number of batches, for the progress bar.
 
     Raises:
         ValueError: if there is no batch, a parameter has no storage (meta device), or no gradient reaches any.
         FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
+        RuntimeError: if another process had such an error; names the process and says the error.
     """
     start = time.perf_counter()
-    sums = Sums(parameters, tuple(statistics), probes, seed, hidden or {}, pieces or {})
+    sums = Sums(parameters, tuple(statistics), probes, seed, hidden or {}, pieces or {}, in_host_memory)
+    if sums.sharing and processes is None:
+        processes = Processes(sums.sharing.device)
     samples, number = 0.0, 0
     with ExitStack() as stack:
         stack.enter_context(_as_before(model, sums.leaves, train_mode))
-        stack.enter_context(sums.listening())
+        stack.enter_context(sums.listening(model))
         bar = stack.enter_context(
             tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
         )
         if "hessian" in sums.tensors:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
-        for batch in batches:
-            with torch.enable_grad():
-                current = loss(batch)
-                if current.samples:  # the mean over nothing is no number
-                    _check_loss(current.value, number)
-                    sums.add(current, number)
-            samples += current.samples
-            number += 1
-            bar.update()
-    if reduce is not None:
-        count = reduce(torch.tensor([samples, float(number)], dtype=torch.float64, device=sums.device))
+        in_step = processes if sums.sharing else None
+        steps = in_step.in_step(batches) if in_step else ((batch, True) for batch in batches)
+        with processes.together(steps) if processes and not in_step else nullcontext():
+            for batch, counts in steps:
+                with torch.enable_grad():
+                    current = loss(batch)
+                    current = current if counts else Loss(current.value, 0.0)
+                    if in_step:
+                        with in_step.together():
+                            sums.add(current, number)
+                    elif current.samples:  # the mean over nothing is no number
+                        sums.add(current, number)
+                samples += current.samples
+                number += counts
+                bar.update(counts)
+    if processes is not None:
+        count = processes.sum(torch.tensor([samples, float(number)], dtype=torch.float64))
         samples, number = float(count[0]), int(count[1])
     if samples == 0:
         raise ValueError(
             f"the pass saw {number} batches with no samples in them, so there is no gradient to select by: give a "
             "loader that yields labelled batches."
         )
-    return GradientStatistics(sums.means(samples, reduce), samples, number, time.perf_counter() - start)
-
-
-def _check_loss(loss: Tensor, number: int) -> None:
-    if loss.numel() != 1:
-        raise ValueError(f"the loss of batch {number} has shape {tuple(loss.shape)}; expected one number, a mean.")
-    if not loss.requires_grad:
-        raise ValueError(
-            f"the loss of batch {number} does not depend on the candidate parameters: it has no gradient. Check that "
-            "the loss is computed from the model's outputs and not detached."
-        )
-    if not bool(torch.isfinite(loss)):
-        raise FloatingPointError(f"the loss of batch {number} is {loss.item()}; nothing was selected.")
+    return GradientStatistics(sums.means(samples, processes), samples, number, time.perf_counter() - start)
 
 
 @contextmanager
@@ -137,6 +139,11 @@ def _as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: b
                 parameter.grad = None
             model.train(train_mode)
             yield
+        except BaseException:
+            root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+            if root is not None:
+                root.reset_iter_state()  # torch's way out of an interrupted pass
+            raise
         finally:
             for module, mode in modes:
                 module.training = mode

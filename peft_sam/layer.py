@@ -15,6 +15,7 @@ from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.ops import compose
 from peft_sam.owned import is_plain, own_parameters, stored_parameters
+from peft_sam.replicas import keep_equal
 from peft_sam.substitute import call_with
 from peft_sam.support import check_support
 
@@ -114,6 +115,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
                     torch.zeros(len(indices), dtype=dtype, device=device),
                 )
                 delta.values.requires_grad_(requires_grad)
+                keep_equal(delta.values, parameter)
             else:
                 delta.indices.copy_(indices)
             with torch.no_grad():

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 # Children whose parameters a module reads without calling them: they are candidates of the module itself.
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
@@ -16,7 +17,10 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
 
     For a weight that is packed (quantised) or elsewhere (offloaded) a stand-in tells shape, dtype and device.
     """
-    return {name: p if is_plain(p) else _stand_in(module, p) for name, p in stored_parameters(module).items()}
+    return {
+        name: p if is_plain(p) or isinstance(p, DTensor) else _stand_in(module, p)
+        for name, p in stored_parameters(module).items()
+    }
 
 
 def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

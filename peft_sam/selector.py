@@ -5,29 +5,22 @@ Takes a Trainer, or a model and batches; runs the pass over the data; chooses; g
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-from accelerate.utils import convert_file_size_to_int
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import Trainer
 
-from peft_sam.batches import from_loader, from_trainer, replayed
-from peft_sam.candidates import apply_selection, candidates_of, deltas_of, hidden_of
+from peft_sam.batches import from_loader, from_trainer
+from peft_sam.candidates import apply_selection, candidates_of, deltas_of
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
-from peft_sam.config import CURVATURES, SamConfig
-from peft_sam.curvature import damped
-from peft_sam.gradients import GradientStatistics, accumulate
-from peft_sam.groups import Group, choose_by_groups, groups_within
+from peft_sam.config import SamConfig
 from peft_sam.layer import selecting
-from peft_sam.linear import SamLinear
-from peft_sam.linear_calls import LinearCall
-from peft_sam.scores import SCORES
+from peft_sam.passes import select_by_data
+from peft_sam.processes import Processes
 from peft_sam.selection import Selection
+from peft_sam.twin import sharded_twin
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -90,126 +83,35 @@ def select_parameters(
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapter_name, config = _pending_adapter(model, adapter_name)
+    if selection is None and not config.needs_data:
+        selection = choose_for(candidates_of(model, adapter_name), config)
     if selection is None:
-        candidates = candidates_of(model, adapter_name)
-        if config.needs_data:
-            source_of_batches = (
-                from_trainer(trainer, model, count_fn)
-                if trainer is not None
-                else from_loader(model, dataloader, accelerator, loss_fn, count_fn)
+        passing = sharded_twin(model, accelerator)
+        source_of_batches = (
+            from_trainer(trainer, passing, count_fn)
+            if trainer is not None
+            else from_loader(passing, dataloader, accelerator, loss_fn, count_fn)
+        )
+        with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
+            selection = select_by_data(
+                passing,
+                adapter_name,
+                config,
+                batches,
+                loss,
+                max_batches=max_batches,
+                memory_budget=memory_budget,
+                train_mode=train_mode,
+                processes=_processes(accelerator),
+                progress=_wants_progress(trainer, accelerator, progress),
             )
-            with source_of_batches as (batches, loss), selecting(sam_layers(model).values()):
-                groups = _groups(candidates, config, memory_budget)
-                again = replayed(batches) if len(groups) > 1 else iter([batches])
-                shown = _wants_progress(trainer, accelerator, progress)
-                if shown and len(groups) > 1:
-                    tqdm.write(f"memory_budget={memory_budget!r}: {len(groups)} passes over the data.")
-                passes: list[GradientStatistics] = []
-
-                def run(group: Group) -> GradientStatistics:
-                    whole = len(groups) == 1
-                    passes.append(
-                        accumulate(
-                            model,
-                            {name: candidates[name] for name in group},
-                            _first(next(again), max_batches),
-                            loss,
-                            statistics=config.statistics,
-                            train_mode=train_mode,
-                            probes=config.probes,
-                            seed=config.seed,
-                            hidden={name: call for name, call in calls.items() if name in group},
-                            pieces={} if whole else group,
-                            reduce=_reduction(accelerator),
-                            total=_length(batches, max_batches),
-                            progress=shown,
-                        )
-                    )
-                    return passes[-1]
-
-                calls = _linear_calls(model, adapter_name)
-                if len(groups) == 1:
-                    selection = choose_for(candidates, config, run(groups[0]).tensors)
-                else:
-                    selection = choose_by_groups(
-                        candidates,
-                        groups,
-                        lambda group: _curved(config, run(group).tensors),
-                        score=config.score,
-                        density=config.density,
-                        budget=config.budget,
-                    )
-            selection.samples, selection.batches = passes[-1].samples, passes[-1].batches
-            selection.seconds = sum(one.seconds for one in passes)
-        else:
-            selection = choose_for(candidates, config)
     apply_selection(model, adapter_name, config, selection)
     return selection
 
 
-def _linear_calls(model: nn.Module, adapter_name: str) -> dict[str, LinearCall]:
-    """The layers that tell the gradients of quantised and offloaded candidates.
-
-    Raises:
-        ValueError: if such a candidate is no linear layer's.
-    """
-    calls = {}
-    for name, (layer, there) in hidden_of(model, adapter_name).items():
-        if not isinstance(layer, SamLinear):
-            raise ValueError(
-                f"{name} is quantised or offloaded, and only linear layers tell such a parameter's gradient. Leave the "
-                "module out with exclude_modules, keep it in memory in full precision, or pass a selection made there."
-            )
-        calls[name] = LinearCall(layer.get_base_layer(), there, layer.transposed)
-    return calls
-
-
-def choose_for(
-    candidates: Mapping[str, Tensor],
-    config: SamConfig,
-    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
-) -> Selection:
-    """`choose` as a config says."""
-    return choose(
-        candidates,
-        score=config.score,
-        density=config.density,
-        budget=config.budget,
-        seed=config.seed,
-        statistics=_curved(config, statistics or {}),
-    )
-
-
-def _curved(config: SamConfig, statistics: Mapping[str, Mapping[str, Tensor]]) -> Mapping[str, Mapping[str, Tensor]]:
-    """The statistics as the score names them."""
-    if "curvature" not in SCORES[config.score].inputs:
-        return statistics
-    source = CURVATURES[config.curvature]
-    curvature = damped(statistics[source], config.damping, config.absolute_damping)
-    return {"curvature": curvature, **{kind: of for kind, of in statistics.items() if kind != source}}
-
-
-def _groups(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: int | str | None) -> Sequence[Group]:
-    """The candidates of each pass.
-
-    Raises:
-        ValueError: if the budget is no size, or the score cannot be computed for some candidates at a time.
-    """
-    sizes = {name: parameter.numel() for name, parameter in candidates.items()}
-    if memory_budget is None:
-        return groups_within(sizes, max(1, sum(sizes.values())))
-    budget = convert_file_size_to_int(memory_budget)
-    widest = max(torch.promote_types(p.dtype, torch.float32).itemsize for p in candidates.values())
-    entry = widest * len(config.statistics)
-    if budget < entry:
-        raise ValueError(f"memory_budget={memory_budget!r} does not hold the statistics of one entry, {entry} bytes.")
-    groups = groups_within(sizes, budget // entry)
-    if len(groups) > 1 and "curvature" in SCORES[config.score].inputs and not config.absolute_damping:
-        raise ValueError(
-            "damping is a share of the mean over all candidates, which one pass must see together: set "
-            "absolute_damping=True, or leave out memory_budget."
-        )
-    return groups
+def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
+    """`choose` as a config says, for a score that needs no data."""
+    return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
 
 
 def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:
@@ -246,23 +148,8 @@ def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, S
     return adapter_name, config
 
 
-def _reduction(accelerator: Accelerator | None) -> Callable[[Tensor], Tensor] | None:
-    if accelerator is None or accelerator.num_processes == 1:
-        return None
-    return lambda tensor: accelerator.reduce(tensor, reduction="sum")
-
-
-def _first(batches: Iterable[Any], number: int | None) -> Iterator[Any]:
-    """The first batches; a loader draws its seed at the first of them, where the pass keeps the random states."""
-    yield from itertools.islice(batches, number)
-
-
-def _length(batches: Iterable[Any], max_batches: int | None) -> int | None:
-    try:
-        length = len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a loader over an iterable dataset
-        length = None
-    return max_batches if length is None else min(length, max_batches or length)
+def _processes(accelerator: Accelerator | None) -> Processes | None:
+    return None if accelerator is None or accelerator.num_processes == 1 else Processes(accelerator.device)
 
 
 def _wants_progress(trainer: Trainer | None, accelerator: Accelerator | None, progress: bool | None) -> bool:

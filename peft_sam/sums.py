@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from peft_sam.curvature import hessian_products
 from peft_sam.linear_calls import LinearCall
+from peft_sam.processes import Processes
+from peft_sam.shards import WholeParameters, is_sharded, local, sharing, sum_to_shard
 
 # A half-precision backward pass runs on a loss this many times larger, so that small gradients do not vanish; a
 # power of two, so that dividing by it again is exact.
@@ -42,7 +45,11 @@ ACCUMULATE: dict[str, Callable[[Tensor, Tensor, float, float], None]] = {
 
 
 class Sums:
-    """The accumulators: Σ n_b g_b and its like, taken up as soon as a parameter's gradient exists."""
+    """The accumulators: Σ n_b g_b and its like, taken up as soon as a parameter's gradient exists.
+
+    Of a sharded parameter a process has the accumulator of its own rows; each batch's term is summed over the
+    processes as it comes, since no process could keep a whole one.
+    """
 
     def __init__(
         self,
@@ -52,10 +59,18 @@ class Sums:
         seed: int,
         hidden: Mapping[str, LinearCall],
         pieces: Mapping[str, tuple[int, int]],
+        in_host_memory: bool,
     ) -> None:
         for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(f"parameter {name!r} is on the meta device: load the weights before selecting.")
+        self.sharing = sharing(parameters)
+        if self.sharing and "hessian" in kinds:
+            raise ValueError(
+                'the parameters are sharded, and second derivatives do not pass through FSDP: use curvature="fisher".'
+            )
+        if self.sharing and pieces:
+            raise ValueError("memory_budget is for whole models: a sharded one needs more processes instead.")
         if hidden and "hessian" in kinds:
             raise ValueError(
                 f"parameter {next(iter(hidden))!r} is quantised or offloaded and has no second derivative: use "
@@ -63,25 +78,25 @@ class Sums:
             )
         self.parameters, self.probes, self.seed, self.hidden, self.pieces = parameters, probes, seed, hidden, pieces
         self.leaves = {name: parameter for name, parameter in parameters.items() if name not in hidden}
+        self.in_host_memory = in_host_memory
         self.of_calls: dict[str, Tensor] = {}
         self.tensors = {kind: {name: self._accumulator(name) for name in parameters} for kind in kinds}
         self.weight, self.unscale = 0.0, 1.0
         self.seen: list[tuple[str, Tensor]] = []
 
-    @property
-    def device(self) -> torch.device:
-        """Where the first accumulator is: collectives need their tensors there."""
-        return next(tensor.device for tensors in self.tensors.values() for tensor in tensors.values())
-
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, model: nn.Module) -> Iterator[None]:
         """Hooks that take each parameter's gradient and free it."""
 
         def hook(name: str) -> Callable[[Tensor], None]:
             return lambda parameter: self._take(name, parameter)
 
-        handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in self.leaves.items()]
-        handles += [call.listen(name, self._take_from_call) for name, call in self.hidden.items()]
+        handles = WholeParameters(model, self.leaves).listen(self._take)
+        for name, parameter in self.leaves.items():
+            if not is_sharded(parameter):
+                handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
+        for name, call in self.hidden.items():
+            handles.append(call.listen(name, self._take_from_call))
         try:
             yield
         finally:
@@ -89,7 +104,13 @@ class Sums:
                 handle.remove()
 
     def add(self, loss: Loss, number: int) -> None:
-        """Run batch `number` backward."""
+        """Run batch `number` backward.
+
+        Raises:
+            ValueError: if the loss is not one number, or has no gradient.
+            FloatingPointError: if it or a gradient is NaN or infinite.
+        """
+        _check_loss(loss.value, number)
         scale = _loss_scale(loss.value, self.parameters.values())
         self.weight, self.unscale = loss.samples, 1.0 / scale
         self.seen.clear()
@@ -100,6 +121,8 @@ class Sums:
             (loss.value * scale).backward()
         for name in list(self.of_calls):
             self._add(name, self.of_calls.pop(name))
+        if loss.samples and not bool(torch.isfinite(loss.value)):
+            raise FloatingPointError(f"the loss of batch {number} is {loss.value.item()}; nothing was selected.")
         self._check(number)
 
     def _take_from_call(self, name: str, gradient: Tensor) -> None:
@@ -119,9 +142,8 @@ class Sums:
             self._add(name, gradient.detach())
         for name, product in hessian_products(gradients, self.parameters, self.probes, self.seed):
             self.seen.append((name, product.sum(dtype=torch.float32)))
-            self.tensors["hessian"][name].add_(
-                self._piece(name, product), alpha=self.weight * self.unscale / self.probes
-            )
+            into = self.tensors["hessian"][name]
+            into.add_(self._piece(name, product).to(into.device), alpha=self.weight * self.unscale / self.probes)
 
     def _take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -130,17 +152,26 @@ class Sums:
         self._add(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
     def _add(self, name: str, gradient: Tensor) -> None:
-        self.seen.append((name, gradient.sum(dtype=torch.float32)))
-        gradient = self._piece(name, gradient)
+        if self.weight:
+            self.seen.append((name, gradient.sum(dtype=torch.float32)))
+        parameter, gradient = self.parameters[name], self._piece(name, gradient)
         for kind, add in ACCUMULATE.items():
             if kind in self.tensors:
-                add(self.tensors[kind][name], gradient, self.weight, self.unscale)
+                into = self.tensors[kind][name]
+                if isinstance(parameter, DTensor):
+                    term = torch.zeros_like(gradient, dtype=into.dtype)
+                    if self.weight:  # a mean over nothing may be no number
+                        add(term, gradient, self.weight, self.unscale)
+                    into.add_(sum_to_shard(term, parameter).to(into.device))
+                else:
+                    add(into, gradient.to(into.device), self.weight, self.unscale)
 
     def _accumulator(self, name: str) -> Tensor:
         parameter = self.parameters[name]
         start, stop = self.pieces.get(name, (0, 0))
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        return torch.zeros((stop - start,) if stop else parameter.shape, dtype=dtype, device=parameter.device)
+        shape = (stop - start,) if stop else local(parameter).shape
+        return torch.zeros(shape, dtype=dtype, device="cpu" if self.in_host_memory else parameter.device)
 
     def _piece(self, name: str, tensor: Tensor) -> Tensor:
         if name not in self.pieces:
@@ -161,14 +192,29 @@ class Sums:
                     f"the gradient of {name!r} in batch {number} has NaN or infinite entries; nothing was selected."
                 )
 
-    def means(self, samples: float, reduce: Callable[[Tensor], Tensor] | None) -> dict[str, dict[str, Tensor]]:
+    def means(self, samples: float, processes: Processes | None) -> dict[str, dict[str, Tensor]]:
         """The sums over all processes, divided by the samples."""
+        found = torch.zeros(1)
         for tensors in self.tensors.values():
             for name, tensor in tensors.items():
-                tensors[name] = (tensor if reduce is None else reduce(tensor)).div_(samples)
-        if not self.pieces and not any(bool(t.any()) for tensors in self.tensors.values() for t in tensors.values()):
+                whole = processes is None or is_sharded(self.parameters[name])
+                tensors[name] = (tensor if whole else processes.sum(tensor)).div_(samples)  # type: ignore[union-attr]
+                found += float(tensors[name].any())
+        if self.sharing:
+            found = self.sharing.sum(found)
+        if not self.pieces and not float(found):
             raise_no_gradient(len(self.parameters))
         return self.tensors
+
+
+def _check_loss(loss: Tensor, number: int) -> None:
+    if loss.numel() != 1:
+        raise ValueError(f"the loss of batch {number} has shape {tuple(loss.shape)}; expected one number, a mean.")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"the loss of batch {number} does not depend on the candidate parameters: it has no gradient. Check that "
+            "the loss is computed from the model's outputs and not detached."
+        )
 
 
 def _loss_scale(loss: Tensor, parameters: Iterable[Tensor]) -> float:

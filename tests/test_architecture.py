@@ -11,11 +11,22 @@ PACKAGE = Path(peft_sam.__file__).parent
 
 # From the ground up; a file imports only from floors below its own. The two wings share no floor.
 GROUND = ["_peft", "support", "scores", "selection", "config"]
-CHOOSING = ["threshold", "curvature", "linear_calls", "sums", "gradients", "choosing", "groups"]
+CHOOSING = [
+    "processes",
+    "shards",
+    "threshold",
+    "curvature",
+    "linear_calls",
+    "sums",
+    "gradients",
+    "choosing",
+    "groups",
+]
 ADAPTING = [
     "delta",
     "substitute",
     "owned",
+    "replicas",
     "scratch",
     "plan",
     "products",
@@ -31,7 +42,7 @@ ADAPTING = [
     "candidates",
     "model",
 ]
-STAIRS = ["card", "report", "batches", "selector", "__init__"]
+STAIRS = ["card", "report", "batches", "twin", "passes", "selector", "__init__"]
 
 
 def imports(name: str) -> set[str]:

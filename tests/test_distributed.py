@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_sam import Selection
 from tests.select_in_processes import SCENARIOS
@@ -56,3 +57,38 @@ def test_many_processes_select_what_one_selects(selections: dict[int, Path], sce
 def test_a_model_sharded_over_two_processes_has_the_gradients_of_a_whole_one(tmp_path: Path) -> None:
     whole, sharded = (torch.load(launch("train_in_processes", n, tmp_path / f"{n}.pt")) for n in (1, 2))
     torch.testing.assert_close(sharded, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → the folder with what was selected, trained and saved on shards; one: on a whole model."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return {processes: launch("shard_in_processes", processes, folder / str(processes)) for processes in (1, 2, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "accelerate"])
+def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Path], what: str, processes: int) -> None:
+    one = Selection.load(sharded[1] / f"{what}-0.safetensors")
+    every = [Selection.load(sharded[processes] / f"{what}-{r}.safetensors") for r in range(processes)]
+    assert all(selection.samples == one.samples == 23 for selection in every)
+    assert all(selection.batches == one.batches or what == "accelerate" for selection in every)
+    for selection in every:
+        assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
+        assert all(torch.equal(selection.indices[name], one.indices[name]) for name in one.indices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "magnitude", "random", "accelerate"])
+def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(
+    sharded: dict[int, Path], what: str, processes: int
+) -> None:
+    one, many = (load_file(sharded[n] / what / "adapter_model.safetensors") for n in (1, processes))
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-7)
+    assert any(bool(tensor.any()) for key, tensor in one.items() if key.endswith(".values"))
+    if what != "accelerate":
+        expected = torch.load(sharded[1] / f"{what}-0.logits")
+        for rank in range(processes):
+            torch.testing.assert_close(torch.load(sharded[processes] / f"{what}-{rank}.logits"), expected)

@@ -1,0 +1,184 @@
+"""The passes over the data that one selection needs, within a memory budget."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, NamedTuple
+
+import psutil
+import torch
+from accelerate.utils import convert_bytes, convert_file_size_to_int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from peft_sam.batches import replayed
+from peft_sam.candidates import candidates_of, hidden_of
+from peft_sam.choosing import choose
+from peft_sam.config import CURVATURES, SamConfig
+from peft_sam.curvature import damped
+from peft_sam.gradients import GradientStatistics, accumulate
+from peft_sam.groups import Group, choose_by_groups, groups_within
+from peft_sam.linear import SamLinear
+from peft_sam.linear_calls import LinearCall
+from peft_sam.processes import Processes
+from peft_sam.scores import SCORES
+from peft_sam.selection import Selection
+from peft_sam.shards import sharing
+from peft_sam.sums import Loss
+
+# One pass with accumulators in host memory is taken for cheaper than more than so many passes without: it moves every
+# gradient of every batch to the host and adds it there.
+PASSES_WORTH_THE_HOST = 4
+
+
+class Passes(NamedTuple):
+    """What each pass accumulates, and whether it does so in host memory."""
+
+    groups: Sequence[Group]
+    in_host_memory: bool
+
+    def __str__(self) -> str:
+        where = "accumulators in host memory" if self.in_host_memory else "accumulators next to the parameters"
+        number = len(self.groups)
+        return f"{number} passes over the data, {where}" if number > 1 else f"1 pass over the data, {where}"
+
+
+def plan_passes(sizes: Mapping[str, int], entry: int, budget: int, device: torch.device, host: int) -> Passes:
+    """The cheapest passes for candidates of these sizes.
+
+    Args:
+        sizes: candidate → entries.
+        entry: bytes of the statistics of one entry.
+        budget: bytes on the device.
+        device: where the parameters are.
+        host: bytes of host memory that may be taken.
+    """
+    groups = groups_within(sizes, budget // entry)
+    needed = entry * sum(sizes.values())
+    if device.type != "cpu" and len(groups) > PASSES_WORTH_THE_HOST and needed <= host:
+        return Passes(groups_within(sizes, max(1, sum(sizes.values()))), True)
+    return Passes(groups, False)
+
+
+def select_by_data(
+    model: nn.Module,
+    adapter_name: str,
+    config: SamConfig,
+    batches: Iterable[Any],
+    loss: Callable[[Any], Loss],
+    *,
+    max_batches: int | None,
+    memory_budget: int | str | None,
+    train_mode: bool,
+    processes: Processes | None,
+    progress: bool,
+) -> Selection:
+    """Run the passes for a pending adapter of `model`, and choose."""
+    candidates, calls = candidates_of(model, adapter_name), _linear_calls(model, adapter_name)
+    passes = _passes(candidates, config, memory_budget)
+    alone = len(passes.groups) == 1
+    again = iter([batches]) if alone else replayed(batches)
+    if progress and memory_budget is not None:
+        tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
+    seen: list[GradientStatistics] = []
+
+    def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
+        found = accumulate(
+            model,
+            {name: candidates[name] for name in group},
+            _first(next(again), max_batches),
+            loss,
+            statistics=config.statistics,
+            train_mode=train_mode,
+            probes=config.probes,
+            seed=config.seed,
+            hidden={name: call for name, call in calls.items() if name in group},
+            pieces={} if alone else group,
+            in_host_memory=passes.in_host_memory,
+            processes=processes,
+            total=_length(batches, max_batches),
+            progress=progress,
+        )
+        seen.append(found)
+        return _curved(candidates, config, found.tensors)
+
+    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
+    if alone:
+        selection = choose(candidates, statistics=run(passes.groups[0]), **options)
+    else:
+        selection = choose_by_groups(candidates, passes.groups, run, **options)
+    selection.samples, selection.batches = seen[-1].samples, seen[-1].batches
+    selection.seconds = sum(one.seconds for one in seen)
+    return selection
+
+
+def _curved(
+    candidates: Mapping[str, Tensor], config: SamConfig, statistics: Mapping[str, Mapping[str, Tensor]]
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """The statistics as the score names them."""
+    if "curvature" not in SCORES[config.score].inputs:
+        return statistics
+    source = CURVATURES[config.curvature]
+    curvature = damped(statistics[source], config.damping, config.absolute_damping, sharing(candidates))
+    return {"curvature": curvature, **{kind: of for kind, of in statistics.items() if kind != source}}
+
+
+def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: int | str | None) -> Passes:
+    """The passes within a budget.
+
+    Raises:
+        ValueError: if the budget is no size, or the score cannot be computed for some candidates at a time.
+    """
+    sizes = {name: parameter.numel() for name, parameter in candidates.items()}
+    if memory_budget is None:
+        return Passes(groups_within(sizes, max(1, sum(sizes.values()))), False)
+    budget = convert_file_size_to_int(memory_budget)
+    widest = max(torch.promote_types(p.dtype, torch.float32).itemsize for p in candidates.values())
+    entry = widest * len(config.statistics)
+    if budget < entry:
+        raise ValueError(f"memory_budget={memory_budget!r} does not hold the statistics of one entry, {entry} bytes.")
+    host = psutil.virtual_memory().available // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    passes = plan_passes(sizes, entry, budget, next(iter(candidates.values())).device, host)
+    if len(passes.groups) > 1 and sharing(candidates):
+        raise ValueError(
+            f"memory_budget={memory_budget!r} asks for several passes ({convert_bytes(entry * sum(sizes.values()))} of "
+            "statistics in all), which a sharded model cannot make: leave it out, each process holds its shard only."
+        )
+    if len(passes.groups) > 1 and "curvature" in SCORES[config.score].inputs and not config.absolute_damping:
+        raise ValueError(
+            "damping is a share of the mean over all candidates, which one pass must see together: set "
+            "absolute_damping=True, or leave out memory_budget."
+        )
+    return passes
+
+
+def _linear_calls(model: nn.Module, adapter_name: str) -> dict[str, LinearCall]:
+    """The layers that tell the gradients of quantised and offloaded candidates.
+
+    Raises:
+        ValueError: if such a candidate is no linear layer's.
+    """
+    calls = {}
+    for name, (layer, there) in hidden_of(model, adapter_name).items():
+        if not isinstance(layer, SamLinear):
+            raise ValueError(
+                f"{name} is quantised or offloaded, and only linear layers tell such a parameter's gradient. Leave the "
+                "module out with exclude_modules, keep it in memory in full precision, or pass a selection made there."
+            )
+        calls[name] = LinearCall(layer.get_base_layer(), there, layer.transposed)
+    return calls
+
+
+def _first(batches: Iterable[Any], number: int | None) -> Iterator[Any]:
+    """The first batches; a loader draws its seed at the first of them, where the pass keeps the random states."""
+    yield from itertools.islice(batches, number)
+
+
+def _length(batches: Iterable[Any], max_batches: int | None) -> int | None:
+    try:
+        length = len(batches) if isinstance(batches, Sized) else None
+    except TypeError:  # a loader over an iterable dataset
+        length = None
+    return max_batches if length is None else min(length, max_batches or length)

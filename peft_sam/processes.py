@@ -1,0 +1,118 @@
+"""The processes that share a pass: sums over them, and errors that reach all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class LostProcessError(RuntimeError):
+    """Another process died, hung or left while this one waited for it."""
+
+
+class Processes:
+    """The processes of a group of `torch.distributed`, by default all.
+
+    Attributes:
+        rank, number: of this process; of all.
+    """
+
+    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+        self.device, self.group = device, group
+        self.rank, self.number = dist.get_rank(group), dist.get_world_size(group)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of the processes' tensors, where the tensor was."""
+        total = tensor.to(self.device)
+        with self._present():
+            dist.all_reduce(total, group=self.group)
+        return total.to(tensor.device)
+
+    def each(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, on the CPU; shapes may differ in the first dimension."""
+        rest = tensor.shape[1:]
+        found = []
+        for source, length in enumerate(self.objects(len(tensor))):
+            part = tensor.to(self.device) if source == self.rank else torch.empty((length, *rest), dtype=tensor.dtype)
+            found.append(self._sent(part.to(self.device).contiguous(), source).cpu())
+        return found
+
+    def objects(self, mine: Any) -> list[Any]:
+        """Small Python objects of all processes."""
+        found: list[Any] = [None] * self.number
+        with self._present():
+            dist.all_gather_object(found, mine, group=self.group)
+        return found
+
+    def _sent(self, tensor: Tensor, source: int) -> Tensor:
+        if len(tensor):
+            with self._present():
+                dist.broadcast(tensor, group=self.group, group_src=source)
+        return tensor
+
+    @contextmanager
+    def together(self, rest: Iterable[Any] = ()) -> Iterator[None]:
+        """Run something on every process; an error on one is raised on all.
+
+        Args:
+            rest: read to its end after an error, because the others may wait in it for this process's part.
+
+        Raises:
+            Exception: the error of this process, or a `RuntimeError` that says what happened to which other.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except LostProcessError:
+            raise
+        except Exception as found:
+            error = found
+            logger.error("process %d: %s: %s. Waiting for the other processes.", self.rank, type(found).__name__, found)
+            for _ in rest:
+                pass
+        if int(self.sum(torch.tensor([int(error is not None)]))):
+            messages = self.objects(None if error is None else f"{type(error).__name__}: {error}")
+            if error is not None:
+                raise error
+            number = next(number for number, message in enumerate(messages) if message)
+            raise RuntimeError(f"process {number} failed, and nothing was selected: {messages[number]}")
+
+    def in_step(self, batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
+        """Batches and whether they count; as many on every process.
+
+        On a sharded model every process takes part in every pass. One that has no batch left takes its last once
+        more, or, if it never had one, that of another process; such a batch does not count.
+        """
+        own, last = iter(batches), None
+        while True:
+            batch = next(own, None)
+            lacking = self.objects((batch is not None, last is not None or batch is not None))
+            if not any(has for has, _ in lacking):
+                return
+            if not all(had for _, had in lacking):
+                source = next(number for number, (has, _) in enumerate(lacking) if has)
+                sent = [batch]
+                with self._present():
+                    dist.broadcast_object_list(sent, group=self.group, group_src=source)
+                last = sent[0] if last is None else last
+            yield (last, False) if batch is None else (batch, True)
+            last = last if batch is None else batch
+
+    @contextmanager
+    def _present(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise LostProcessError(
+                f"process {self.rank} lost another process during the pass; nothing was selected. Look for the first "
+                "error in the output of the others. If one is only slow, raise the timeout of the process group "
+                "(accelerate.InitProcessGroupKwargs)."
+            ) from error
