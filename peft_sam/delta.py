@@ -93,6 +93,33 @@ class SparseDelta(nn.Module):
 
         return self.derive("checked", check)
 
+    # Accelerate shards a model (FSDP2) by moving it to the meta device and loading the parameters of the first process.
+    # Every process knows the support, and keeps it.
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SparseDelta:
+        support = self.indices
+        super()._apply(fn, recurse)
+        if self.indices.is_meta:
+            self.indices = support
+        return self
+
+    @property
+    def _awaits_values(self) -> bool:
+        return self.values.is_meta and not self.indices.is_meta
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._awaits_values:
+            del destination[f"{prefix}indices"]
+
+    def _load_from_state_dict(
+        self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
+    ) -> None:
+        awaited = self._awaits_values
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, *others)
+        if awaited and f"{prefix}indices" in missing:
+            missing.remove(f"{prefix}indices")
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}
 

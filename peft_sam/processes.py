@@ -75,7 +75,7 @@ class Processes:
             raise
         except Exception as found:
             error = found
-            logger.error("process %d: %s: %s. Waiting for the other processes.", self.rank, type(found).__name__, found)
+            logger.error("process %d waits for the others to end: %s: %s", self.rank, type(found).__name__, found)
             for _ in rest:
                 pass
         if int(self.sum(torch.tensor([int(error is not None)]))):

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from peft import PeftModel, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam.shards import is_sharded
 from tests.cases import bert
 from tests.select_in_processes import sentences, together
 
@@ -44,7 +45,12 @@ def by_accelerate(folder: Path, number: int) -> None:
         transformer_cls_names_to_wrap=["BertLayer"],
         cpu_ram_efficient_loading=True,
     )
-    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin if number > 1 else None)
+    accelerator = Accelerator(cpu=True)
+    if number > 1:
+        # Accelerate shards on accelerators only, by code that runs on CPUs too
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = plugin
+        assert accelerator.is_fsdp2
     torch.manual_seed(0)
     model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
     loader = DataLoader(sentences(23), batch_size=3, collate_fn=together)  # type: ignore[arg-type]
@@ -53,6 +59,8 @@ def by_accelerate(folder: Path, number: int) -> None:
     selection.save(folder / f"{name}-{accelerator.process_index}.safetensors")
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)
+    unsharded = [n for n, p in model.named_parameters() if not is_sharded(p)]
+    assert number == 1 or not unsharded, unsharded[:8]
     train(model, optimizer, accelerator.process_index, number)
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:

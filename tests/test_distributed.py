@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -92,3 +94,39 @@ def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(
         expected = torch.load(sharded[1] / f"{what}-0.logits")
         for rank in range(processes):
             torch.testing.assert_close(torch.load(sharded[processes] / f"{what}-{rank}.logits"), expected)
+
+
+def fail(failure: str, sharded: str) -> list[str]:
+    """What each of two processes printed when the second failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.fail_in_processes", failure, sharded],
+            cwd=ROOT,
+            env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    return [process.communicate(timeout=120)[0] for process in both]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["sharded", "whole"])
+def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batch(sharded: str) -> None:
+    first, second = fail("NaN", sharded)
+    assert "FloatingPointError: the loss of batch 2 is nan" in second
+    assert "RuntimeError: process 1 failed, and nothing was selected: FloatingPointError: the loss of batch 2" in first
+    assert first.count("pending True, training True") == second.count("pending True, training True") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("failure", "sharded"), [("death", "sharded"), ("death", "whole"), ("hang", "whole")])
+def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(failure: str, sharded: str) -> None:
+    first, _ = fail(failure, sharded)
+    assert "LostProcessError: process 0 lost another process" in first
+    assert "pending True, training True" in first
