@@ -17,6 +17,7 @@ import torch
 import transformers
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import profile
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
@@ -241,6 +242,23 @@ def ratios(seconds: Mapping[str, list[float]], beside: str) -> dict[str, float]:
 def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
     """Median seconds of each step."""
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_bytes(step: Callable[[], Any], device: str) -> int:
+    """The most memory that a step has at once on top of what was there."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(profile_memory=True) as recorded:
+        step()
+    now = most = 0
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import common
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile
 
 from peft_sam import scratch
 
@@ -68,19 +67,7 @@ class Step:
         for parameter in self.model.parameters():
             parameter.grad = None
         scratch._kept.__dict__.clear()  # so that it is counted
-        if self.ids.is_cuda:
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            self()
-            return torch.cuda.max_memory_allocated() - before
-        with profile(profile_memory=True) as recorded:
-            self()
-        now = most = 0
-        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        return most
+        return common.peak_bytes(self, self.ids.device.type)
 
 
 def measure(shape: str, batch: int, length: int, repetitions: int, dtype: torch.dtype, device: str) -> dict[str, Any]:

@@ -180,7 +180,8 @@ class SamLayer(nn.Module, BaseTunerLayer):
         """The deltas of the active adapters by parameter name, in the order of activation."""
         changes: dict[str, list[SparseDelta]] = {}
         for adapter_name in self.active_adapters:
-            for name, delta in (self.deltas(adapter_name) | self._tied_deltas(adapter_name)).items():
+            mine = self.deltas(adapter_name)
+            for name, delta in (mine | self._tied_deltas(adapter_name) if self._tied else mine).items():
                 if not delta.pending:
                     changes.setdefault(name, []).append(delta)
                 elif self.training and torch.is_grad_enabled() and not self._selecting:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sam._peft import BaseTunerLayer
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.ops import sparse_linear
@@ -22,11 +23,16 @@ class SamLinear(SamLayer):
     offloaded, sharded) the module runs as it is, and the products with the deltas are added to its output.
     """
 
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        # whether the weight is stored as (inputs × outputs)
+        self.transposed = isinstance(self.get_base_layer(), Conv1D)
+
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
-        weight = self.get_base_layer().weight
+        weight = (self.get_base_layer() if isinstance(base, BaseTunerLayer) else base).weight
         if not is_plain(weight):
             return self._added_to_output(changes, args[0])
         if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
@@ -42,11 +48,6 @@ class SamLinear(SamLayer):
         for delta in changes.get("bias", ()):
             y = y.index_add(-1, delta.checked_indices(), delta.values.to(y.dtype).expand(*y.shape[:-1], -1))
         return y
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored as (inputs × outputs)."""
-        return isinstance(self.get_base_layer(), Conv1D)
 
     def _prepare(self, name: str, delta: SparseDelta) -> None:
         super()._prepare(name, delta)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peft_sam.delta import SparseDelta, changed
 from peft_sam.plan import Chunk, Plan, plan_linear, way_to_multiply
-from peft_sam.products import add_blocks, add_blocks_adjoint, add_entries, value_gradient
+from peft_sam.products import add_blocks, add_blocks_adjoint, add_entries, add_sparse, value_gradient
 from peft_sam.scratch import scratch
 
 
@@ -131,7 +131,7 @@ def _linear(
         y = F.linear(tokens, (weight.t() if transposed else weight).to(tokens.dtype), bias)
     for plan, columns, value in zip(plans, kept, values, strict=False):
         if way == "entries":
-            add_entries(y, tokens, plan.row, plan.column, value)
+            add_sparse(y, tokens, plan, value)
         else:
             add_blocks(y, plan, plan.keep(tokens) if columns is None else columns, value)
     return y

@@ -41,6 +41,11 @@ ENTRY = 160
 # A number of W read and written once.
 MOVE = 32
 
+# On the CPU, so few tokens and so large a weight: a copy costs more than products with the entries. (Measured with one
+# token: 0.95 or 1.85 times the bare model by copies, as the machine's cores shared a cache or not; 1.1 by entries.)
+FEW_TOKENS = 4
+LARGE = 2**18
+
 # Numbers in a temporary dense copy of a weight, its delta or its gradient: at most so many, or one row.
 WORKSPACE = 2**24
 
@@ -85,7 +90,8 @@ class Plan(NamedTuple):
     columns: the touched columns of W, sorted, but those of the first block first; None for all of them.
     blocks: of the submatrix form; else empty.
     order: puts the entries of the blocks, one block after the other, in the order of Δ; None for a single block.
-    starts: where the entries of each stored row start, and their number last (int32), for the sampled form.
+    starts: where the entries of each stored row start, and their number last (int32), for torch's sparse products,
+        which are for the CPU.
     area: multiplications, per token, of a product with the blocks.
     touched: rows and columns that such a product gathers or scatters.
     """
@@ -129,37 +135,40 @@ def make_plan(delta: SparseDelta, transposed: bool) -> Plan:
     first, second = indices // shape[1], indices % shape[1]
     row, column = (second, first) if transposed else (first, second)
     height, width = reversed(shape) if transposed else shape
-    plan = Plan("chunked", shape, transposed, row.int(), column.int(), _chunks(first, shape))
+    on_cpu = indices.device.type == "cpu"
+    starts = _starts(first, shape[0]) if on_cpu else None
+    plan = Plan("chunked", shape, transposed, row.int(), column.int(), _chunks(first, shape), starts=starts)
     columns, blocks, order = _blocks(row, column, height, width)
     area = sum(block.height * (block.stop - block.start) for block in blocks)
     gathered = 0 if columns is None else len(columns)
     gathered += sum(0 if block.rows is None else block.height for block in blocks)
     costs = {"submatrix": area + GATHER * gathered, "chunked": shape.numel()}
-    if indices.device.type == "cpu":
+    if on_cpu:
         costs["sampled"] = SAMPLED * len(indices) + GATHER * sum(shape)
     cheapest = min(costs, key=lambda form: costs[form])
     if cheapest == "submatrix":
         touched = blocks[-1].stop + sum(block.height for block in blocks)
         return plan._replace(form="submatrix", columns=columns, blocks=blocks, order=order, area=area, touched=touched)
-    if cheapest == "sampled":
-        with warnings.catch_warnings():  # torch says once per process that sparse tensors are in beta
-            warnings.simplefilter("ignore")
-            torch.zeros(1, 1).to_sparse_csr()
-        rows = torch.arange(shape[0] + 1, device=first.device)
-        return plan._replace(form="sampled", starts=torch.searchsorted(first, rows).int())
-    return plan
+    return plan._replace(form=cheapest)
+
+
+def _starts(first: Tensor, rows: int) -> Tensor:
+    with warnings.catch_warnings():  # torch says once per process that sparse tensors are in beta
+        warnings.simplefilter("ignore")
+        torch.zeros(1, 1).to_sparse_csr()
+    return torch.searchsorted(first, torch.arange(rows + 1, device=first.device)).int()
 
 
 def way_to_multiply(plans: Sequence[Plan], tokens: int, weight: Tensor | None) -> str:
     """The cheapest way to multiply so many tokens with W + Σ Δ, or with Σ Δ if there is no W to be read.
 
-    "compose": with W + Σ Δ in a temporary copy. On the CPU this is the fastest for any number of tokens: the copy
-    brings W into the cache, where the product wants it.
+    "compose": with W + Σ Δ in a temporary copy. On the CPU this is the fastest for many tokens, and for few where W
+    is small: the copy brings W into the cache, where the product wants it.
     "entries": with W, and the products with the entries of each Δ are added one by one.
     "blocks": with W, and the products with the blocks of each Δ are added.
     """
     if weight is not None and weight.device.type == "cpu":
-        return "compose"
+        return "entries" if tokens <= FEW_TOKENS and weight.numel() >= LARGE else "compose"
     entries = ENTRY * tokens * sum(len(plan.row) for plan in plans)
     compose = MOVE * plans[0].shape.numel()
     if weight is not None:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from peft_sam.plan import Block, Chunk, Plan
 
+# What torch's sparse products take on the CPU.
+SPARSE_DTYPES = (torch.float32, torch.float64)
+
 
 def value_gradient(plan: Plan, kept: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
     """(gradᵀ x) at the support, in `dtype`.
@@ -18,9 +21,22 @@ def value_gradient(plan: Plan, kept: Tensor, grad: Tensor, dtype: torch.dtype) -
         grad: of the outputs, (tokens × outputs).
     """
     form = plan.form
-    if form == "sampled" and (torch.compiler.is_compiling() or kept.dtype not in (torch.float32, torch.float64)):
+    if form == "sampled" and (torch.compiler.is_compiling() or kept.dtype not in SPARSE_DTYPES):
         form = "chunked"  # no other dtype is sampled, and dense products are what a compiler knows
     return GRADIENTS[form](plan, kept, grad).to(dtype)
+
+
+def add_sparse(y: Tensor, x: Tensor, plan: Plan, values: Tensor) -> None:
+    """Add x Δᵀ to y, entry by entry."""
+    starts, same = plan.starts, values.dtype == x.dtype and x.dtype in SPARSE_DTYPES
+    if starts is not None and same and not plan.transposed and not torch.compiler.is_compiling():
+        delta = torch.sparse_csr_tensor(starts, plan.column, values, plan.shape, check_invariants=False)
+        if len(x) == 1:
+            y.view(-1).add_(delta.mv(x.view(-1)))
+        else:
+            y.add_((delta @ x.t()).t())
+    else:
+        add_entries(y, x, plan.row, plan.column, values)
 
 
 def add_entries(y: Tensor, x: Tensor, row: Tensor, column: Tensor, values: Tensor) -> None:

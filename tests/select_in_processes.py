@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from peft import get_peft_model
@@ -104,12 +106,40 @@ SCENARIOS: dict[str, Callable[[str], Selection]] = {
 }
 
 
+def collectives(batches: int) -> int:
+    """How many collectives a selection takes, by its number of batches."""
+    number = 0
+
+    def counted(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal number
+            number += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    names = ("all_reduce", "all_gather", "all_gather_object", "broadcast", "broadcast_object_list", "barrier")
+    kept = {name: getattr(dist, name) for name in names}
+    try:
+        for name, function in kept.items():
+            setattr(dist, name, counted(function))
+        accelerator = Accelerator(cpu=True)
+        model = accelerator.prepare(classifier())  # DistributedDataParallel, which reduces each batch if one lets it
+        each = [together(sentences(3))] * batches
+        select_parameters(model, each, accelerator=accelerator, progress=False)
+    finally:
+        for name, function in kept.items():
+            setattr(dist, name, function)
+    return number
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), Accelerator(cpu=True).process_index
     folder.mkdir(exist_ok=True)
     for name, scenario in SCENARIOS.items():
         scenario(str(folder / "trainer")).save(folder / f"{name}-{rank}.safetensors")
+    (folder / f"collectives-{rank}.json").write_text(json.dumps([collectives(1), collectives(5)]))
     Accelerator().end_training()
 
 

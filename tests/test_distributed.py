@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -53,6 +54,15 @@ def test_many_processes_select_what_one_selects(selections: dict[int, Path], sce
     different = sum(len(set(one.indices[name].tolist()) ^ set(every[0].indices[name].tolist())) for name in one.indices)
     # entries whose scores agree with the threshold to rounding may change places
     assert different <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_number_of_collectives_does_not_grow_with_the_batches(selections: dict[int, Path], processes: int) -> None:
+    for rank in range(processes):
+        few, many = json.loads((selections[processes] / f"collectives-{rank}.json").read_text())
+        # one sum per candidate parameter, of the samples, and of the errors
+        assert 0 < few == many <= 40
 
 
 @pytest.mark.slow

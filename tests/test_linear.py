@@ -163,7 +163,7 @@ def test_a_printed_layer_shows_how_its_products_are_computed() -> None:
 
 
 @pytest.mark.parametrize("score", ["sam", "fisher", "sam_curvature"])
-@pytest.mark.parametrize("kind", ["torchao", "4 bits"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore")
 def test_a_quantised_layer_is_selected_by_the_gradient_of_its_dequantised_self(kind: str, score: str) -> None:
     base = quantised(kind, Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)))
@@ -175,9 +175,10 @@ def test_a_quantised_layer_is_selected_by_the_gradient_of_its_dequantised_self(k
         )
         for of in (dequantised(base), base)
     ]
-    assert found[1].threshold == pytest.approx(found[0].threshold, rel=1e-3)
+    assert found[1].threshold == pytest.approx(found[0].threshold, rel=10 * KINDS[kind])
     plain, packed = ({(n, i) for n, of in s.indices.items() for i in of.tolist()} for s in found)
-    assert len(plain & packed) >= 0.98 * len(plain)  # entries near the threshold may change places
+    # entries near the threshold may change places
+    assert len(plain & packed) >= (0.98 if KINDS[kind] < 1e-2 else 0.8) * len(plain)
 
 
 @pytest.mark.parametrize("how", ["offloaded", "checkpointed", "checkpointed, reentrant"])

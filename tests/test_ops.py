@@ -204,6 +204,7 @@ def test_the_way_to_multiply_follows_what_can_be_read_and_how_many_tokens_there_
     clustered = [plan_linear(make_delta((256, 256), [row * 256 + 3 for row in range(40)]), transposed=False)]
     scattered = [plan_linear(make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist()), transposed=False)]
     assert way_to_multiply(clustered, 1, torch.zeros(256, 256)) == "compose"
+    assert [way_to_multiply(clustered, tokens, torch.zeros(512, 512)) for tokens in (1, 5)] == ["entries", "compose"]
     elsewhere = torch.zeros(256, 256, device="meta")
     assert [way_to_multiply(clustered, tokens, elsewhere) for tokens in (1, 10_000)] == ["entries", "compose"]
     assert [way_to_multiply(clustered, tokens, None) for tokens in (1, 10_000)] == ["blocks", "blocks"]
