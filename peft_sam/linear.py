@@ -32,7 +32,7 @@ class SamLinear(SamLayer):
         base: Any = self.base_layer
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
-        weight = (self.get_base_layer() if isinstance(base, BaseTunerLayer) else base).weight
+        weight = getattr(self.get_base_layer() if isinstance(base, BaseTunerLayer) else base, "weight", None)
         if not is_plain(weight):
             return self._added_to_output(changes, args[0])
         if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):

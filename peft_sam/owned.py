@@ -11,6 +11,9 @@ from torch.distributed.tensor import DTensor
 # Children whose parameters a module reads without calling them: they are candidates of the module itself.
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
+# Quantised linear layers that are no nn.Linear, by class name, and the parameter that holds their packed weight.
+PACKED_WEIGHT = {"HQQLinear": "W_q"}
+
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included.
@@ -26,6 +29,8 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
 def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The same parameters as they are stored."""
     own = dict(module.named_parameters(recurse=False))
+    if (packed := PACKED_WEIGHT.get(type(module).__name__)) in own:
+        own["weight"] = own.pop(packed)
     for child in READ_NOT_CALLED.get(type(module), ()):
         own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
     return own
@@ -34,15 +39,22 @@ def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def stored_parameter(module: nn.Module, name: str) -> nn.Parameter:
     """One of them, by its name relative to the module."""
     child, _, leaf = name.rpartition(".")
-    found = module.get_submodule(child)._parameters[leaf]
-    assert found is not None
-    return found
+    found = module.get_submodule(child)._parameters.get(leaf)
+    return stored_parameters(module)[name] if found is None else found
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_packed_linear(module: nn.Module) -> bool:
+    """Whether a module is a quantiser's linear layer, which multiplies in a way of its own."""
+    if isinstance(module, nn.Linear):
+        return type(module).forward is not nn.Linear.forward and not is_plain(module.weight)
+    return type(module).__name__ in PACKED_WEIGHT
+
+
+def is_plain(tensor: Tensor | None) -> bool:
     """Whether the numbers of a parameter can be read and added to: dense floats in this process's memory."""
     return (
-        type(tensor) in (nn.Parameter, Tensor)
+        tensor is not None
+        and type(tensor) in (nn.Parameter, Tensor)
         and tensor.is_floating_point()
         and tensor.element_size() > 1
         and not tensor.is_meta
@@ -57,9 +69,10 @@ def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
             return parameter  # not loaded yet
         device = torch.device(hook.execution_device)  # Accelerate brings it there when the module runs
     if not dtype.is_floating_point:
-        if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        if not is_packed_linear(module):
             return parameter
-        shape, dtype = torch.Size((module.out_features, module.in_features)), torch.float32
+        linear: Any = module
+        shape, dtype = torch.Size((linear.out_features, linear.in_features)), torch.float32
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer, NoMatchingPeftModuleError, check_target_module_exists
 from peft_sam.config import SamConfig
-from peft_sam.owned import READ_NOT_CALLED, own_parameters
+from peft_sam.owned import READ_NOT_CALLED, is_packed_linear, own_parameters
 
 
 def base_name(name: str) -> str:
@@ -77,7 +77,7 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> None:
 
 def _all_linear(modules: dict[str, nn.Module], model: nn.Module, keep_head: bool) -> list[str]:
     """Linear layers but the output embedding; without `keep_head` also without what lies outside `base_model`."""
-    names = [name for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))]
+    names = [name for name, m in modules.items() if isinstance(m, (nn.Linear, Conv1D)) or is_packed_linear(m)]
     if not isinstance(model, PreTrainedModel):
         return names
     output = model.get_output_embeddings()

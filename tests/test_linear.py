@@ -10,6 +10,7 @@ import bitsandbytes
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -80,7 +81,10 @@ def quantised(kind: str, model: nn.Module) -> nn.Module:
         quantize_(model, Int8WeightOnlyConfig())
         return model
     for name, module in list(model.named_children()):
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and kind == "hqq":
+            config = BaseQuantizeConfig(nbits=4, group_size=64)
+            setattr(model, name, HQQLinear(module, config, compute_dtype=torch.float32, device="cpu"))
+        elif isinstance(module, nn.Linear):
             sizes = module.in_features, module.out_features
             packed = (
                 bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
@@ -96,18 +100,22 @@ def dequantised(model: nn.Module) -> nn.Module:
     """The plain model that a quantised one stands for, by asking each layer for its outputs."""
     plain = Sequential()
     for module in model:  # type: ignore[union-attr]
-        if isinstance(module, nn.Linear):
+        if hasattr(module, "in_features"):
             linear = nn.Linear(module.in_features, module.out_features)
             zero = module(torch.zeros(1, module.in_features))
             linear.bias.data = zero[0].detach().clone()
             linear.weight.data = (module(torch.eye(module.in_features)) - zero).detach().t().contiguous()
+            if "bias" not in dict(module.named_parameters()):  # no candidate there, so none here
+                bias = linear.bias.detach()
+                del linear.bias
+                linear.register_buffer("bias", bias)
             module = linear
         plain.append(module)
     return plain
 
 
 # outer quantisation of the 8-bit kernel also rounds its inputs
-KINDS = {"torchao": 1e-4, "4 bits": 1e-4, "8 bits": 5e-2}
+KINDS = {"torchao": 1e-4, "hqq": 1e-4, "4 bits": 1e-4, "8 bits": 5e-2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -117,7 +125,9 @@ def test_a_quantised_model_trains_the_deltas_of_its_dequantised_self(kind: str) 
     plain = dequantised(base)
     model = adapted(base)
     deltas = model.base_model.sparse_deltas()
-    assert {delta.shape for delta in deltas.values()} == {(128, 64), (64, 128), (64,), (128,)}
+    biases = set() if kind == "hqq" else {(64,), (128,)}  # there they are no parameters
+    assert {delta.shape for delta in deltas.values()} == {(128, 64), (64, 128), *biases}
+    assert {name.rpartition(".")[2] for name in deltas} <= {"weight", "bias"}
     dense = adapted_copy(plain, deltas)
     x = torch.randn(5, 64)
     torch.testing.assert_close(model(x), dense(x), atol=KINDS[kind], rtol=KINDS[kind])
