@@ -274,8 +274,8 @@ def work(what: str, file: Path) -> None:
     torch.manual_seed(0)
     model = common.minilm().eval().requires_grad_(False)
     names = {f"{n}.{leaf}" for n, m in model.named_modules() if isinstance(m, nn.Linear) for leaf, _ in own(m)}
-    result: dict[str, Any] = {}
     if what == "sharded":
+        kept = common.peak_bytes(lambda: activations(model, batches(1)[0]), "cpu")
         mesh = init_device_mesh("cpu", (number,))
         for layer in model.encoder.layer:
             fully_shard(layer, mesh=mesh)
@@ -289,6 +289,10 @@ def work(what: str, file: Path) -> None:
             model, linear, these, lambda ids: Loss(loss_of(model, ids), BATCH), processes=processes, progress=False
         )
 
+    result: dict[str, Any] = {}
+    if what == "sharded":
+        run(data[:1])
+        result["peak_mib"] = mib(common.peak_bytes(lambda: run(data[:1]), "cpu"))
     run(data[:1])
     dist.barrier()
     start = time.perf_counter()
@@ -301,7 +305,10 @@ def work(what: str, file: Path) -> None:
         scattered = 4 * entries * (number - 1) / number
         # what is no candidate is gathered too, and what FSDP's root holds itself stays after the forward pass
         gathered = 4 * (2 * (every - root) + root) * (number - 1) / number
-        assert scattered + 2 * 4 * entries * (number - 1) / number == Plan(entries, 0, 0, 4, number).sharded_traffic
+        units = [sum(p.numel() for p in layer.parameters()) for layer in model.encoder.layer]
+        plan = Plan(entries, max(p.numel() for p in linear.values()), max(units), 4, number)
+        assert scattered + 2 * 4 * entries * (number - 1) / number == plan.sharded_traffic
+        result["peak_mib_by_formula"] = mib(plan.sharded_memory + kept + 4 * root)
         result["bytes_by_formula"] = {"gather": gathered, "scatter": scattered}
         result["bytes_measured"] = dict(traffic.sent)
     if rank == 0:
