@@ -120,11 +120,11 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
             places = [place + (number - len(names) / 2 + 0.5) * width for place in range(len(chosen))]
             axis.bar(places, heights, width, label=name)
         axis.axhline(1, color="black", linewidth=0.8)
-        labels = [f"{r['shape'].replace(', ', chr(10))}\n{r['batch']} x {r['length']}" for r in chosen]
+        names_of = [r["shape"].replace(" shape", "").replace(", ", "\n") for r in chosen]
+        labels = [f"{name}\n{r['batch']} x {r['length']}" for name, r in zip(names_of, chosen, strict=True)]
         axis.set_xticks(range(len(chosen)), labels, fontsize=7)
-        axis.set_ylim(0.8)
         axis.set_title(title, fontsize=10)
-    axes[0].legend(fontsize=7, ncols=2, loc="lower left", framealpha=0.9)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, ncols=len(names), loc="outside upper center")
     figure.savefig(path, metadata={"Date": None})
     print(f"drawn: {path}")
 
