@@ -18,7 +18,7 @@ PACKED_WEIGHT = {"HQQLinear": "W_q"}
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included.
 
-    For a weight that is packed (quantised) or elsewhere (offloaded) a stand-in tells shape, dtype and device.
+    For a weight that is packed (quantised) or elsewhere (offloaded, ZeRO-3) a stand-in tells shape, dtype and device.
     """
     return {
         name: p if is_plain(p) or isinstance(p, DTensor) else _stand_in(module, p)
@@ -58,11 +58,13 @@ def is_plain(tensor: Tensor | None) -> bool:
         and tensor.is_floating_point()
         and tensor.element_size() > 1
         and not tensor.is_meta
+        and not hasattr(tensor, "ds_id")  # DeepSpeed's ZeRO-3 has taken it apart
     )
 
 
 def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
-    device, shape, dtype = parameter.device, parameter.shape, parameter.dtype
+    device, dtype = parameter.device, parameter.dtype
+    shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # of a parameter that ZeRO-3 has taken apart
     if parameter.is_meta:
         hook: Any = getattr(module, "_hf_hook", None)
         if hook is None:

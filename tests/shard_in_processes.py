@@ -5,6 +5,7 @@ Each process writes its selections to the given folder, the first one the adapte
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from peft_sam import SamConfig, select_parameters
+from peft_sam import Loss, SamConfig, accumulate, select_parameters
 from peft_sam.shards import is_sharded
 from tests.cases import bert
 from tests.select_in_processes import sentences, together
@@ -94,6 +95,17 @@ def by_hand(folder: Path, rank: int, number: int, score: str) -> None:
     torch.save(logits, folder / f"{score}-{rank}.logits")
 
 
+def hold(folder: Path, rank: int, number: int) -> None:
+    """How many numbers of the statistics this process holds, of a bare model."""
+    model = base_model(number)
+    batch = together(sentences(4))
+    found = accumulate(
+        model, dict(model.named_parameters()), [batch], lambda batch: Loss(model(**batch).loss, 4), progress=False
+    )
+    held = sum(tensor.numel() for tensor in found.tensors["gradient"].values())
+    (folder / f"held-{rank}.json").write_text(json.dumps(held))
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -102,6 +114,7 @@ def main() -> None:
     rank, number = dist.get_rank(), dist.get_world_size()
     for score in ("sam", "fisher", "sam_curvature", "magnitude", "random"):
         by_hand(folder, rank, number, score)
+    hold(folder, rank, number)
     by_accelerate(folder, number)
     dist.barrier()
     dist.destroy_process_group()

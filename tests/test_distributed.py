@@ -29,6 +29,7 @@ def launch(script: str, processes: int, file: Path) -> Path:
         text=True,
         check=False,
         timeout=300,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return file
@@ -104,6 +105,26 @@ def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(
         expected = torch.load(sharded[1] / f"{what}-0.logits")
         for rank in range(processes):
             torch.testing.assert_close(torch.load(sharded[processes] / f"{what}-{rank}.logits"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_holds_only_its_shard_of_the_statistics(sharded: dict[int, Path], processes: int) -> None:
+    whole = json.loads((sharded[1] / "held-0.json").read_text())
+    held = [json.loads((sharded[processes] / f"held-{rank}.json").read_text()) for rank in range(processes)]
+    assert sum(held) == whole
+    assert max(held) <= whole / processes * 1.1  # rows are not always divisible
+
+
+@pytest.mark.slow
+def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -> None:
+    folders = {n: launch("zero_in_processes", n, tmp_path / str(n)) for n in (1, 2)}
+    one, *many = (Selection.load(folders[n] / f"zero-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
+    for selection in many:
+        assert selection.samples == one.samples == 23
+        assert all(torch.equal(selection.indices[name], one.indices[name]) for name in one.indices)
+    whole, taken_apart = (load_file(folders[n] / "zero" / "adapter_model.safetensors") for n in (1, 2))
+    torch.testing.assert_close(taken_apart, whole, rtol=1e-4, atol=1e-7)
 
 
 def fail(failure: str, sharded: str) -> list[str]:

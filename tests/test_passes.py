@@ -69,5 +69,5 @@ def test_fsdp1_is_refused_in_favour_of_fsdp2() -> None:
 def test_a_model_that_zero_3_has_taken_apart_is_refused() -> None:
     model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS"))
     next(model.parameters()).ds_id = 0  # as deepspeed.zero.Init marks them
-    with pytest.raises(ValueError, match=r"ZeRO-3 keeps the parameters out of reach.*FSDP2"):
+    with pytest.raises(ValueError, match=r"ZeRO-3 has taken the parameters apart.*FSDP2"):
         select_parameters(model, [])
