@@ -37,6 +37,7 @@ try:
     )
     from peft.utils import PeftType
     from peft.utils.error import NoMatchingPeftModuleError
+    from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 except ImportError as error:
     raise ImportError(
         f"peft_sam supports {SUPPORTED_PEFT} and found peft {version('peft')}, which lacks a name that peft_sam "
@@ -50,7 +51,12 @@ __all__ = [
     "NoMatchingPeftModuleError",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
     "register",
+    "task_arithmetic",
+    "ties",
 ]
 
 # A reloaded module finds its own wrappers in place and unwraps them.

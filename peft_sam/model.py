@@ -10,10 +10,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft_sam.arithmetic import Combined, check_combination
 from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support
 from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
-from peft_sam.delta import SparseDelta
+from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.layers import make_layer
 from peft_sam.owned import own_parameters
@@ -120,6 +121,43 @@ class SamModel(BaseTuner):
         self.unload()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
+
+    # Arithmetic
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others: a sparse one again, on the union of their supports.
+
+        "linear" is Σ weight · Δ, so negative weights subtract; "ties", "dare_linear", "dare_ties" and
+        "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
+        The new adapter is not active.
+
+        Raises:
+            PendingAdapterError: if an adapter has no support yet.
+            ValueError: if an adapter does not exist, the new name is taken, or the combination is not known.
+        """
+        check_combination(len(adapters), weights, combination_type, density)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
+        for name in adapters:
+            if not self.sparse_deltas(name):
+                raise PendingAdapterError(name, "combined")
+        how = (weights, combination_type, density, majority_sign_method)
+        combined = Combined(sam_layers(self.model), adapters, *how)
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.target_modules = list(combined.parts)
+        config.exclude_modules = config.layers_to_transform = None
+        config.selection = combined.summary()
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        combined.put(adapter_name)
 
     # Merging
 

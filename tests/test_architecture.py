@@ -40,6 +40,7 @@ ADAPTING = [
     "ties",
     "checkpoint",
     "candidates",
+    "arithmetic",
     "model",
 ]
 STAIRS = ["card", "report", "batches", "twin", "passes", "selector", "__init__"]
