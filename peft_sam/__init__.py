@@ -21,6 +21,7 @@ from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
+from peft_sam.report import SelectionReport, selection_report
 from peft_sam.selection import Selection
 from peft_sam.selector import choose_for, select_parameters
 
@@ -33,10 +34,12 @@ __all__ = [
     "SamConfig",
     "SamModel",
     "Selection",
+    "SelectionReport",
     "SparseDelta",
     "accumulate",
     "choose",
     "select_parameters",
+    "selection_report",
 ]
 
 SamModel.chooser = staticmethod(choose_for)

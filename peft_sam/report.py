@@ -1,12 +1,17 @@
-"""Where a selection lies: entries by layer and module type, as a table and as a picture."""
+"""Where a selection lies: by layer and module type, as a table and as a picture."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections import Counter
-from typing import TYPE_CHECKING
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from peft_sam.candidates import deltas_of
+from peft_sam.checkpoint import sam_layers
 from peft_sam.selection import Selection
 
 if TYPE_CHECKING:
@@ -28,14 +33,120 @@ def place_of(name: str) -> tuple[str, str]:
     return match["index"], match["kind"]
 
 
-def counts_by_place(selection: Selection) -> dict[tuple[str, str], tuple[int, int]]:
-    """(layer, module type) → (selected entries, candidate entries), over weights and biases together."""
-    selected: Counter[tuple[str, str]] = Counter()
-    candidates: Counter[tuple[str, str]] = Counter()
+@dataclass
+class Row:
+    """What is selected in one layer and module type, weights and biases together.
+
+    Attributes:
+        selected, candidates: entries.
+        rows, columns: of the weight matrices, those with an entry.
+        of_rows, of_columns: all of them.
+        shared: entries that the other selection has too; 0 without another.
+    """
+
+    selected: int = 0
+    candidates: int = 0
+    rows: int = 0
+    columns: int = 0
+    of_rows: int = 0
+    of_columns: int = 0
+    shared: int = 0
+
+    def __add__(self, other: Row) -> Row:
+        return Row(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+
+@dataclass
+class SelectionReport:
+    """Where a selection lies. Prints as a table; `plot` draws it.
+
+    Attributes:
+        places: (layer, module type) → `Row`.
+        other: number of entries of the selection that it was compared with, or None.
+    """
+
+    selection: Selection
+    places: dict[tuple[str, str], Row]
+    other: int | None = None
+
+    @property
+    def total(self) -> Row:
+        """All places together."""
+        return sum(self.places.values(), Row())
+
+    @property
+    def overlap(self) -> float:
+        """Entries in both selections over entries in either (Jaccard's index); NaN without another."""
+        either = self.total.selected + (self.other or 0) - self.total.shared
+        return float("nan") if self.other is None else self.total.shared / max(either, 1)
+
+    def __str__(self) -> str:
+        named = [(layer, kind, row) for (layer, kind), row in self.places.items()]
+        head = ["layer", "module", "entries", "density", "rows", "columns"] + ["shared"] * (self.other is not None)
+        lines = [head, *([layer, kind, *self._cells(row)] for layer, kind, row in [*named, ("", "all", self.total)])]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        form = "  ".join(f"{{:{'<' if i < 2 else '>'}{width}}}" for i, width in enumerate(widths))
+        return "\n".join(form.format(*line) for line in lines)
+
+    def _cells(self, row: Row) -> list[str]:
+        share = row.selected / max(row.candidates, 1)
+        active = [f"{row.rows:,}/{row.of_rows:,}", f"{row.columns:,}/{row.of_columns:,}"]
+        shared = [] if self.other is None else [f"{row.shared:,}"]
+        return [f"{row.selected:,}", f"{share:.3%}", *active, *shared]
+
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Figure:
+        """`plot_selection`."""
+        return plot_selection(self.selection, path)
+
+
+def selection_report(
+    of: Selection | nn.Module, adapter_name: str = "default", other: Selection | str | None = None
+) -> SelectionReport:
+    """Where a selection lies, per layer and module type: entries, density, active rows and columns, overlap.
+
+    Args:
+        of: a selection, or a model with a SAM adapter that has its support.
+        adapter_name: which adapter, with a model.
+        other: a selection, or another adapter of the model, to compare with.
+
+    Raises:
+        ValueError: if there is no such adapter, it has no support yet, or `other` names one without a model.
+    """
+    selection = of if isinstance(of, Selection) else selection_of(of, adapter_name)
+    if isinstance(other, str):
+        if isinstance(of, Selection):
+            raise ValueError(f"other={other!r} names an adapter, which needs a model; got a Selection.")
+        other = selection_of(of, other)
+    places: dict[tuple[str, str], Row] = {}
     for name, shape in selection.shapes.items():
-        candidates[place_of(name)] += shape.numel()
-        selected[place_of(name)] += len(selection.indices[name])
-    return {place: (selected[place], candidates[place]) for place in candidates}
+        indices = selection.indices[name]
+        row = Row(len(indices), shape.numel())
+        if len(shape) == 2:
+            row.rows, row.columns = len((indices // shape[1]).unique()), len((indices % shape[1]).unique())
+            row.of_rows, row.of_columns = shape
+        if other is not None and name in other.indices:
+            row.shared = int(torch.isin(indices, other.indices[name]).sum())
+        places[place_of(name)] = places.get(place_of(name), Row()) + row
+    return SelectionReport(selection, places, None if other is None else other.k)
+
+
+def selection_of(model: nn.Module, adapter_name: str) -> Selection:
+    """The support of an adapter as a `Selection`.
+
+    Raises:
+        ValueError: if there is no such adapter, or it has no support yet.
+    """
+    layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
+    found = {name: delta.indices.cpu() for name, delta in deltas_of(model, adapter_name).items() if not delta.pending}
+    if not found:
+        raise ValueError(f"the model has no SAM adapter {adapter_name!r} with a support.")
+    shapes = {f"{m}.{name}": p.shape for m, layer in layers.items() for name, p in layer.parameters_below().items()}
+    configs: Any = model.peft_config
+    config = configs[adapter_name]
+    indices = {name: found.get(name, torch.empty(0, dtype=torch.int64)) for name in shapes}
+    about = config.selection or {}
+    how = {key: about.get(key, getattr(config, key)) for key in ("score", "budget", "density")}
+    return Selection(indices, shapes, **how, threshold=about.get("threshold", 0.0))
 
 
 def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -53,7 +164,7 @@ def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = N
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('plot_selection draws with matplotlib: pip install "peft-sam[plot]"') from error
-    found = counts_by_place(selection)
+    found = {place: (row.selected, row.candidates) for place, row in selection_report(selection).places.items()}
     layers = sorted({layer for layer, _ in found}, key=lambda layer: (layer != "-", int(layer) if layer != "-" else 0))
     kinds = list(dict.fromkeys(kind for _, kind in found))
     density = [

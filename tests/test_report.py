@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import get_peft_model
+from torch import nn
 
-from peft_sam import Selection
-from peft_sam.report import counts_by_place, place_of, plot_selection
+from peft_sam import SamConfig, Selection
+from peft_sam.report import place_of, plot_selection, selection_report
+
+NAMES = ("default", "second")
 
 
 @pytest.mark.parametrize(
@@ -37,10 +45,52 @@ def some_selection() -> Selection:
 
 def test_the_counts_add_up() -> None:
     selection = some_selection()
-    found = counts_by_place(selection)
-    assert sum(chosen for chosen, _ in found.values()) == selection.k
-    assert sum(candidates for _, candidates in found.values()) == selection.m
-    assert found["0", "query"] == (1, 24)
+    report = selection_report(selection)
+    assert report.total.selected == selection.k
+    assert report.total.candidates == selection.m
+    row = report.places["0", "query"]
+    assert (row.selected, row.candidates, row.of_rows, row.of_columns) == (1, 24, 4, 5)
+
+
+@given(st.sets(st.integers(0, 19), min_size=1), st.sets(st.integers(0, 19), min_size=1))
+def test_rows_columns_and_overlap_are_those_of_the_masks(one: set[int], two: set[int]) -> None:
+    selections = [
+        Selection(
+            {"a.0.b.weight": torch.tensor(sorted(of))}, {"a.0.b.weight": torch.Size((4, 5))}, "sam", "global", 1, 0
+        )
+        for of in (one, two)
+    ]
+    report = selection_report(selections[0], other=selections[1])
+    mask = torch.zeros(4, 5).index_put_((torch.tensor(sorted(one)) // 5, torch.tensor(sorted(one)) % 5), torch.ones(()))
+    row = report.places["0", "b"]
+    assert (row.rows, row.columns) == (int(mask.any(1).sum()), int(mask.any(0).sum()))
+    assert row.shared == len(one & two)
+    assert report.overlap == len(one & two) / len(one | two)
+
+
+def test_a_model_s_adapters_are_reported_and_compared() -> None:
+    base = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    model: Any = get_peft_model(base, SamConfig(target_modules=["0", "1"], score="random", density=0.2))
+    model.add_adapter("second", SamConfig(target_modules=["0"], score="random", seed=1, density=0.5))
+    report = selection_report(model, other="second")
+    assert report.total.selected == model.peft_config["default"].selection["k"]
+    assert report.total.candidates == sum(p.numel() for n, p in model.named_parameters() if "base_layer" in n)
+    both = [{(n, i) for n, d in model.base_model.sparse_deltas(a).items() for i in d.indices.tolist()} for a in NAMES]
+    assert report.total.shared == len(both[0] & both[1])
+    assert report.overlap == len(both[0] & both[1]) / len(both[0] | both[1])
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "module", "entries", "density", "rows", "columns", "shared"]
+    assert len({len(line) for line in lines}) == 1
+    assert lines[-1].split()[:2] == ["all", f"{report.total.selected}"]
+    assert math.isnan(selection_report(model).overlap)
+
+
+def test_what_cannot_be_reported_is_refused() -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), SamConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="no SAM adapter 'default' with a support"):
+        selection_report(model)
+    with pytest.raises(ValueError, match="other='second' names an adapter, which needs a model"):
+        selection_report(some_selection(), other="second")
 
 
 def test_the_picture_is_written(tmp_path: Path) -> None:
