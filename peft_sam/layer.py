@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
 from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.merging import Change, check_merge, merge, restore
+from peft_sam.mixed import BASE, by_samples
 from peft_sam.ops import compose
 from peft_sam.owned import is_plain, own_parameters, stored_parameters
 from peft_sam.replicas import keep_equal
@@ -40,6 +41,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
     Attributes:
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
+        sample_adapters: the adapter of each sample of the batch, while one has several; else None.
     """
 
     adapter_layer_names = ("sam_sparse_delta",)
@@ -52,6 +54,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._merged_changes: list[list[Change]] = []
         self._selecting = False
+        self.sample_adapters: list[str] | None = None
         # name of a parameter that another layer owns too → that layer and its name there, where the delta lives
         self._tied: dict[str, tuple[SamLayer, str]] = {}
         # those that follow this one: layer, name there, name here
@@ -171,15 +174,27 @@ class SamLayer(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
-        changes = {} if self.merged else self._active_deltas()
+        if self.sample_adapters is not None:
+            return self._forward_by_samples(self.sample_adapters, *args, **kwargs)
+        changes = {} if self.merged else self._deltas_of(self.active_adapters)
         if not changes:
             return self.base_layer(*args, **kwargs)
         return self._forward_with(changes, *args, **kwargs)
 
-    def _active_deltas(self) -> dict[str, list[SparseDelta]]:
-        """The deltas of the active adapters by parameter name, in the order of activation."""
+    def _forward_by_samples(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+            raise ValueError(f"adapter_names is for modules of one tensor, which {type(self.base_layer)} is not.")
+
+        def run(name: str, x: Tensor) -> Tensor:
+            changes = self._deltas_of([] if name == BASE else [name])
+            return self._forward_with(changes, x) if changes else self.base_layer(x)
+
+        return by_samples(names, args[0], run)
+
+    def _deltas_of(self, adapter_names: Iterable[str]) -> dict[str, list[SparseDelta]]:
+        """The deltas of adapters by parameter name, in the order of their names."""
         changes: dict[str, list[SparseDelta]] = {}
-        for adapter_name in self.active_adapters:
+        for adapter_name in adapter_names:
             mine = self.deltas(adapter_name)
             for name, delta in (mine | self._tied_deltas(adapter_name) if self._tied else mine).items():
                 if not delta.pending:

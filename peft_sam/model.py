@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.utils import ModulesToSaveWrapper
@@ -17,6 +18,7 @@ from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.layers import make_layer
+from peft_sam.mixed import adapters_by_sample, check_samples
 from peft_sam.owned import own_parameters
 from peft_sam.selection import Selection
 from peft_sam.targets import base_modules, base_name, resolve_targets
@@ -121,6 +123,17 @@ class SamModel(BaseTuner):
         self.unload()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(name in self._trainable_before)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way in for `adapter_names`: the adapter of each sample of a batch, "__base__" for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_samples(names, self.peft_config, self.training)
+        with adapters_by_sample(self.model, sam_layers(self.model).values(), names):
+            yield
 
     # Arithmetic
 

@@ -32,6 +32,7 @@ ADAPTING = [
     "products",
     "ops",
     "merging",
+    "mixed",
     "layer",
     "linear",
     "embedding",
