@@ -143,7 +143,10 @@ def fail(failure: str, sharded: str) -> list[str]:
         )
         for rank in ("0", "1")
     ]
-    return [process.communicate(timeout=120)[0] for process in both]
+    first = both[0].communicate(timeout=120)[0]
+    if failure == "hang":
+        both[1].kill()
+    return [first, both[1].communicate(timeout=120)[0]]
 
 
 @pytest.mark.slow
