@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ class Processes:
         self.rank, self.number = dist.get_rank(group), dist.get_world_size(group)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of the processes' tensors, where the tensor was."""
+        """The sum of the processes' tensors, where the tensor was; `tensor` itself may become it."""
         total = tensor.to(self.device)
         with self._present():
             dist.all_reduce(total, group=self.group)
@@ -76,8 +76,9 @@ class Processes:
         except Exception as found:
             error = found
             logger.error("process %d waits for the others to end: %s: %s", self.rank, type(found).__name__, found)
-            for _ in rest:
-                pass
+            with suppress(Exception):
+                for _ in rest:
+                    pass
         if int(self.sum(torch.tensor([int(error is not None)]))):
             messages = self.objects(None if error is None else f"{type(error).__name__}: {error}")
             if error is not None:
