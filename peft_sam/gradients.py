@@ -101,6 +101,8 @@ def accumulate(
         steps = in_step.in_step(batches) if in_step else ((batch, True) for batch in batches)
         with processes.together(steps) if processes and not in_step else nullcontext():
             for batch, counts in steps:
+                if processes:
+                    processes.at(f"batch {number}")
                 with torch.enable_grad():
                     current = loss(batch)
                     current = current if counts else Loss(current.value, 0.0)

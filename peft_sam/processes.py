@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -12,6 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+# Under this key and its rank a process says in the store of its group how far it is.
+KEY = "peft_sam pass"
+WAITS = "waiting"
+# Seconds for the others to notice, too, that somebody is lost.
+GRACE = 1.0
 
 
 class LostProcessError(RuntimeError):
@@ -28,6 +35,22 @@ class Processes:
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.device, self.group = device, group
         self.rank, self.number = dist.get_rank(group), dist.get_world_size(group)
+
+    def at(self, place: str) -> None:
+        """Leave word for the others of how far this process is, in case it is lost."""
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f"{KEY} {dist.get_rank()}", place)
+
+    def _where(self) -> str:
+        """How far those processes are that do not wait for others themselves."""
+        store = dist.distributed_c10d._get_default_store()
+        self.at(WAITS)
+        time.sleep(GRACE)
+        found = []
+        for number in range(dist.get_world_size()):
+            if store.check([f"{KEY} {number}"]) and (place := store.get(f"{KEY} {number}").decode()) != WAITS:
+                found.append(f"process {number}, last seen at {place}")
+        return "; ".join(found) or "unknown which"
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of the processes' tensors, where the tensor was; `tensor` itself may become it."""
@@ -112,8 +135,12 @@ class Processes:
         try:
             yield
         except RuntimeError as error:
+            try:
+                lost = self._where()
+            except RuntimeError:  # the store was the lost process's
+                lost = "unknown which"
             raise LostProcessError(
-                f"process {self.rank} lost another process during the pass; nothing was selected. Look for the first "
-                "error in the output of the others. If one is only slow, raise the timeout of the process group "
-                "(accelerate.InitProcessGroupKwargs)."
+                f"process {self.rank} lost another process during the pass ({lost}); nothing was selected. Look for "
+                "the first error in the output of the others. If one is only slow, raise the timeout of the process "
+                "group (accelerate.InitProcessGroupKwargs)."
             ) from error

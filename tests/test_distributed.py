@@ -163,4 +163,5 @@ def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batc
 def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(failure: str, sharded: str) -> None:
     first, _ = fail(failure, sharded)
     assert "LostProcessError: process 0 lost another process" in first
+    assert "(process 1, last seen at batch 2)" in first
     assert "pending True, training True" in first

@@ -274,7 +274,7 @@ class Fake:
     """Processes of which only this one is real."""
 
     def __init__(self, sum: Callable[[Tensor], Tensor]) -> None:
-        self.sum, self.together = sum, lambda rest: nullcontext()
+        self.sum, self.together, self.at = sum, lambda rest: nullcontext(), lambda place: None
 
 
 def test_the_sums_of_two_processes_on_halves_are_those_of_one_on_the_whole() -> None:
