@@ -43,8 +43,9 @@ def check_combination(number: int, weights: Sequence[float], combination: str, d
 @torch.no_grad()
 def combine(
     deltas: Sequence[SparseDelta | None],
-    weights: Sequence[float],
     combination: str,
+    *,
+    weights: Sequence[float],
     density: float | None,
     majority_sign_method: str,
 ) -> tuple[Tensor, Tensor]:
@@ -72,20 +73,22 @@ def combine(
 
 
 class Combined:
-    """A combination of adapters of a model, layer by layer.
+    """A combination of adapters of a model, layer by layer; `how` is that of `combine`.
 
     Attributes:
         parts: module → parameter → (indices, values); modules that none of the adapters changes are left out.
     """
 
-    def __init__(self, layers: Mapping[str, SamLayer], adapters: Sequence[str], *how: Any) -> None:
-        self.layers, self.combination = layers, how[1]
+    def __init__(self, layers: Mapping[str, SamLayer], adapters: Sequence[str], combination: str, **how: Any) -> None:
+        self.layers, self.combination = layers, combination
         self.parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for module, layer in layers.items():
             every = [layer.deltas(name) for name in adapters]
             names = dict.fromkeys(itertools.chain(*every))
             if names:
-                self.parts[module] = {name: combine([of.get(name) for of in every], *how) for name in names}
+                self.parts[module] = {
+                    name: combine([of.get(name) for of in every], combination, **how) for name in names
+                }
 
     def summary(self) -> dict[str, Any]:
         """What the config of the new adapter says of its support."""

@@ -162,8 +162,8 @@ class SamModel(BaseTuner):
         for name in adapters:
             if not self.sparse_deltas(name):
                 raise PendingAdapterError(name, "combined")
-        how = (weights, combination_type, density, majority_sign_method)
-        combined = Combined(sam_layers(self.model), adapters, *how)
+        how = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
+        combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
         config = copy.copy(self.peft_config[adapters[0]])
         config.target_modules = list(combined.parts)
         config.exclude_modules = config.layers_to_transform = None

@@ -58,8 +58,13 @@ def plan_passes(sizes: Mapping[str, int], entry: int, budget: int, device: torch
     groups = groups_within(sizes, budget // entry)
     needed = entry * sum(sizes.values())
     if device.type != "cpu" and len(groups) > PASSES_WORTH_THE_HOST and needed <= host:
-        return Passes(groups_within(sizes, max(1, sum(sizes.values()))), True)
+        return Passes(_all(sizes), True)
     return Passes(groups, False)
+
+
+def _all(sizes: Mapping[str, int]) -> Sequence[Group]:
+    """One group of everything."""
+    return [{name: (0, size) for name, size in sizes.items()}]
 
 
 def select_by_data(
@@ -133,7 +138,7 @@ def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: 
     """
     sizes = {name: parameter.numel() for name, parameter in candidates.items()}
     if memory_budget is None:
-        return Passes(groups_within(sizes, max(1, sum(sizes.values()))), False)
+        return Passes(_all(sizes), False)
     budget = convert_file_size_to_int(memory_budget)
     widest = max(torch.promote_types(p.dtype, torch.float32).itemsize for p in candidates.values())
     entry = widest * len(config.statistics)

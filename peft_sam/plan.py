@@ -42,7 +42,7 @@ ENTRY = 160
 MOVE = 32
 
 # On the CPU, so few tokens and so large a weight: a copy costs more than products with the entries. (Measured with one
-# token: 0.95 or 1.85 times the bare model by copies, as the machine's cores shared a cache or not; 1.1 by entries.)
+# token: 0.95 or 1.85 times the bare model by copies, from process to process; 1.18 by entries.)
 FEW_TOKENS = 4
 LARGE = 2**18
 

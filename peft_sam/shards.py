@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def sharing(parameters: Mapping[str, Tensor]) -> Processes | None:
         ValueError: if a parameter is distributed in another way than by rows, or not over the same processes as the
             others.
     """
-    found: dict[Any, Processes] = {}
+    found: dict[Any, torch.device] = {}
     for name, parameter in parameters.items():
         if isinstance(parameter, DTensor):
             axes = [axis for axis, placement in enumerate(parameter.placements) if type(placement) is Shard]
@@ -43,12 +44,10 @@ def sharing(parameters: Mapping[str, Tensor]) -> Processes | None:
                     "sharded so, or not at all, and pass the result: select_parameters(model, selection=...)."
                 )
             mesh = parameter.device_mesh
-            found.setdefault(
-                mesh.get_group(axes[0]), Processes(torch.device(mesh.device_type), mesh.get_group(axes[0]))
-            )
+            found[mesh.get_group(axes[0])] = torch.device(mesh.device_type)
     if len(found) > 1:
         raise ValueError("the candidates are sharded over several groups of processes; one is expected.")
-    return next(iter(found.values()), None)
+    return next((Processes(device, group) for group, device in found.items()), None)
 
 
 def start_of(parameter: Tensor) -> int:
@@ -92,7 +91,7 @@ class WholeParameters:
                 whole = owner._parameters[leaf]
                 if whole is not None and not is_sharded(whole) and whole.requires_grad and id(whole) not in seen:
                     seen.add(id(whole))
-                    handles.append(whole.register_post_accumulate_grad_hook(lambda p: hook(name, p)))
+                    handles.append(whole.register_post_accumulate_grad_hook(partial(hook, name)))
 
             return before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -87,14 +88,10 @@ class Sums:
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
         """Hooks that take each parameter's gradient and free it."""
-
-        def hook(name: str) -> Callable[[Tensor], None]:
-            return lambda parameter: self._take(name, parameter)
-
         handles = WholeParameters(model, self.leaves).listen(self._take)
         for name, parameter in self.leaves.items():
             if not is_sharded(parameter):
-                handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(self._take, name)))
         for name, call in self.hidden.items():
             handles.append(call.listen(name, self._take_from_call))
         try:
