@@ -82,17 +82,8 @@ class _Best:
 
     def lowest(self) -> float:
         """The smallest score among the best."""
-        bits = self._bits()
-        return float(bits.min().view(torch.float32)) if len(bits) else float("inf")
-
-    def highest(self) -> float:
-        """The largest score."""
-        bits = self._bits()
-        return float(bits.max().view(torch.float32)) if len(bits) else 0.0
-
-    def _bits(self) -> Tensor:
-        empty = torch.empty(0, dtype=torch.int32)
-        return torch.cat([empty, *(piece.bits for pieces in self.pieces.values() for piece in pieces)])
+        bits = [piece.bits for pieces in self.pieces.values() for piece in pieces if len(piece.bits)]
+        return min((float(of_one.min().view(torch.float32)) for of_one in bits), default=float("inf"))
 
 
 def choose_by_groups(
@@ -119,15 +110,17 @@ def choose_by_groups(
     bests = [_Best(names, budget_of(density, total)) for names, total in zip(together, totals, strict=True)]
     if not any(best.k for best in bests):
         raise_empty(density, max(totals, default=0))
+    reached = False
     for group in groups:
         statistics = statistics_of(group)
+        reached = reached or any(bool(of[name].any()) for of in statistics.values() for name in group)
         scores = {
             name: ChunkedScores(score, name, parameters[name], {kind: of[name] for kind, of in statistics.items()}, 0)
             for name in group
         }
         for best in bests:
             best.add(group, scores)
-    if not any(best.highest() > 0 for best in bests):
+    if not reached:
         raise_no_gradient(len(parameters))
     indices = {name: best.indices(name) for best in bests for name in best.pieces}
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor
@@ -39,6 +39,7 @@ def test_groups_cover_every_entry_once_in_order_and_are_never_too_large(sizes: l
     st.sampled_from([0.1, 0.3, 0.7, 1.0]),
     st.sampled_from(["global", "tensor"]),
 )
+@example([[0, 0], [1]], 1, 0.7, "tensor")  # the only parameter that the loss reaches has no budget
 def test_groups_choose_what_one_pass_chooses_ties_included(
     numbers: list[list[int]], entries: int, density: float, budget: str
 ) -> None:
