@@ -15,7 +15,9 @@ from tests.hub_server import hub
 
 __all__ = ["hub"]
 
-settings.register_profile("default", deadline=None, print_blob=True)
+# The gate asks the same examples each time; `--hypothesis-profile=explore` looks for new ones.
+settings.register_profile("default", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile("default")
 torch.set_num_threads(1)  # the models are tiny
 
