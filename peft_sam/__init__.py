@@ -18,6 +18,7 @@ from peft_sam.card import complete_card
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
+from peft_sam.fingerprint import OtherBaseWarning
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GradientStatistics",
     "Loss",
+    "OtherBaseWarning",
     "PendingAdapterError",
     "SamConfig",
     "SamModel",
@@ -43,4 +45,4 @@ __all__ = [
 ]
 
 SamModel.chooser = staticmethod(choose_for)
-_peft.register(SamConfig, SamModel, SamLayer, complete_card)
+_peft.register(SamConfig, SamModel, SamLayer, complete_card, OtherBaseWarning)

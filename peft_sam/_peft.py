@@ -9,7 +9,10 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,9 +38,10 @@ try:
         check_adapters_to_merge,
         check_target_module_exists,
     )
-    from peft.utils import PeftType
+    from peft.utils import PeftType, save_and_load
     from peft.utils.error import NoMatchingPeftModuleError
     from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+    from peft.utils.other import AuxiliaryTrainingWrapper
 except ImportError as error:
     raise ImportError(
         f"peft_sam supports {SUPPORTED_PEFT} and found peft {version('peft')}, which lacks a name that peft_sam "
@@ -46,6 +50,7 @@ except ImportError as error:
 
 __all__ = [
     "SAM_SPARSE",
+    "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
@@ -62,6 +67,11 @@ __all__ = [
 # A reloaded module finds its own wrappers in place and unwraps them.
 _write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
 _load_adapter = inspect.unwrap(PeftModel.load_adapter)
+_save_pretrained = inspect.unwrap(PeftModel.save_pretrained)
+_torch_load = inspect.unwrap(save_and_load.torch_load)
+
+# Whether the file that PEFT is reading may be a pickle.
+_pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
 
 
 def _add_member(name: str) -> PeftType:
@@ -87,8 +97,14 @@ def _add_member(name: str) -> PeftType:
 SAM_SPARSE = _add_member("SAM_SPARSE")
 
 
-def register(config_cls: type, model_cls: Any, layer_cls: type, complete_card: Callable[[Any, Path], None]) -> None:
-    """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, and the text of the model card.
+def register(
+    config_cls: type,
+    model_cls: Any,
+    layer_cls: type,
+    complete_card: Callable[[Any, Path], None],
+    other_base: type[Warning],
+) -> None:
+    """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, the text of the model card, and files.
 
     Called again it replaces what it entered before, so that a reloaded module works.
     """
@@ -98,7 +114,7 @@ def register(config_cls: type, model_cls: Any, layer_cls: type, complete_card: C
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[SAM_SPARSE] = model_cls
     _register_mixed(config_cls, model_cls, layer_cls)
     _register_card(config_cls, complete_card)
-    _register_loading(config_cls)
+    _register_files(config_cls, other_base)
 
 
 def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
@@ -161,26 +177,65 @@ def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None])
     PeftModel._upload_modified_files = _upload_modified_files
 
 
-def _register_loading(config_cls: type) -> None:
-    """Have a sparse adapter whose file cannot be loaded taken out again; PEFT adds it before it reads the file."""
+def _register_files(config_cls: type, other_base: type[Warning]) -> None:
+    """Have a sparse adapter that cannot be loaded taken out again, `strict_base` obeyed, and no file be a pickle.
+
+    PEFT adds an adapter before it reads the file.
+    """
 
     @functools.wraps(_load_adapter)
-    def load_adapter(self: PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        def awaited() -> bool:
-            config = self.peft_config.get(adapter_name)
-            return isinstance(config, config_cls) and self.base_model.awaits_file(adapter_name)
+    def load_adapter(
+        self: PeftModel, model_id: str, adapter_name: str, *args: Any, strict_base: bool = False, **kwargs: Any
+    ) -> Any:
+        def is_ours() -> bool:
+            return isinstance(self.peft_config.get(adapter_name), config_cls)
 
-        new = adapter_name not in self.peft_config or awaited()
+        new = adapter_name not in self.peft_config or (is_ours() and self.base_model.awaits_file(adapter_name))
+        token = _pickle_allowed.set(lambda: not is_ours())
         try:
-            return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+            with warnings.catch_warnings() if strict_base else nullcontext():
+                if strict_base:
+                    warnings.simplefilter("error", other_base)
+                return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
         except BaseException as error:
-            if new and awaited():
+            if isinstance(error, other_base):
+                raise ValueError(str(error)) from None
+            if not is_ours():
+                raise
+            if new:
                 self.base_model.withdraw(adapter_name)
-                if isinstance(error, SafetensorError):
-                    raise ValueError(
-                        f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}): save or download "
-                        "it again."
-                    ) from error
+            if isinstance(error, SafetensorError):
+                raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
+            if isinstance(error, KeyError):
+                raise ValueError(f"the adapter file of {str(model_id)!r} lacks the tensor {error}.") from error
             raise
+        finally:
+            _pickle_allowed.reset(token)
 
-    PeftModel.load_adapter = load_adapter
+    @functools.wraps(_torch_load)
+    def torch_load(*args: Any, **kwargs: Any) -> Any:
+        if not _pickle_allowed.get()():
+            raise ValueError(
+                "the adapter file is a pickle (adapter_model.bin); SAM sparse adapters are safetensors files only, "
+                "which cannot run code: get, or save again, adapter_model.safetensors."
+            )
+        return _torch_load(*args, **kwargs)
+
+    @functools.wraps(_save_pretrained)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        chosen = self.peft_config if selected_adapters is None else selected_adapters
+        if not safe_serialization and any(isinstance(self.peft_config.get(name), config_cls) for name in chosen):
+            raise ValueError(
+                "safe_serialization=False writes a pickle; SAM sparse adapters are safetensors files only."
+            )
+        return _save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+    PeftModel.load_adapter, PeftModel.save_pretrained = load_adapter, save_pretrained
+    save_and_load.torch_load = torch_load

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from peft_sam.checkpoint import sam_layers
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
+from peft_sam.fingerprint import fingerprints
 from peft_sam.layer import SamLayer
 from peft_sam.owned import stored_parameters
 from peft_sam.scores import SCORES
@@ -76,7 +77,8 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
                 + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
             )
     generator = torch.Generator().manual_seed(config.seed)
-    for module, layer in sam_layers(model).items():
+    layers = sam_layers(model)
+    for module, layer in layers.items():
         names = list(layer.deltas(adapter_name))
         layer.set_support(
             adapter_name,
@@ -84,4 +86,4 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
         )
         if not config.init_weights:
             layer.reset_values(adapter_name, generator)
-    config.selection = selection.summary()
+    config.record(selection.summary(), fingerprints(layers, adapter_name))

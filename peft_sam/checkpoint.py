@@ -1,26 +1,29 @@
 """The adapter file and the layers: what is written, and what a file must be before anything is read from it.
 
-For each parameter with entries a file holds two tensors,
-`<module>.sam_sparse_delta.<parameter>.indices` (sorted flat row-major positions; int32 where they fit) and
-`<module>.sam_sparse_delta.<parameter>.values`.
+For each parameter with entries a file holds two tensors, `<module>.sam_sparse_delta.<parameter>.support`, the code of
+its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`. Files of format 1
+have the positions themselves, int32 or int64, as `….indices`; the state dict of a model too.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peft_sam._peft import AuxiliaryTrainingWrapper
+from peft_sam.coding import decode, encode
 from peft_sam.delta import PendingAdapterError
 from peft_sam.layer import SEPARATOR, SamLayer
 from peft_sam.support import check_support
 from peft_sam.targets import base_name
 
 PEFT_PREFIX = "base_model.model."
-KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|values)$")
+KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
 
 
 def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
@@ -35,25 +38,47 @@ def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
     """The names of the modules that a state dict has deltas for."""
     matches = (KEY.match(key) for key in state)
-    return {base_name(match["module"]).removeprefix(PEFT_PREFIX) for match in matches if match}
+    return {_module(match["module"]) for match in matches if match}
 
 
-def to_file(state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str) -> dict[str, Tensor]:
-    """The adapter's entries of a state dict as they are written.
+def to_file(
+    state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str, save_dtype: str | None
+) -> dict[str, Tensor]:
+    """The adapter's entries of a state dict as they are written, values in `save_dtype` (None: the one they have).
 
     Raises:
         PendingAdapterError: if the adapter has no support yet.
+        ValueError: if a value is too large for `save_dtype`.
     """
     for layer in layers.values():
         if any(delta.pending for delta in layer.deltas(adapter_name).values()):
             raise PendingAdapterError(adapter_name, "saved")
-    limit = torch.iinfo(torch.int32).max
-    return {
-        key: tensor.to(torch.int32)
-        if key.endswith(".indices") and tensor.dtype == torch.int64 and (not len(tensor) or int(tensor[-1]) <= limit)
-        else tensor
-        for key, tensor in state.items()
-    }
+    written = {}
+    for key, tensor in state.items():
+        before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        parameter, _, part = after.rpartition(".")
+        if part == "indices":
+            delta = layers[_module(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
+            written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
+        elif part == "values" and save_dtype is not None:
+            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{_module(before)}.{parameter}")
+        else:
+            written[key] = tensor
+    return written
+
+
+def _module(path: str) -> str:
+    return base_name(path).removeprefix(PEFT_PREFIX)
+
+
+def _in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    found = values.to(dtype)
+    if bool((found.isinf() & ~values.isinf()).any()):
+        raise ValueError(
+            f"a value of {name!r}, {float(values.abs().max()):.3g}, is too large for save_dtype={str(dtype)[6:]!r}: "
+            "use 'bfloat16' or 'float32'."
+        )
+    return found
 
 
 def read_file(
@@ -75,8 +100,7 @@ def read_file(
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
         if match := KEY.match(key):
-            module = base_name(match["module"]).removeprefix(PEFT_PREFIX)
-            found[module][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
+            found[_module(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
     if not found:
         raise ValueError(
             "the adapter file holds no sparse deltas (no key with '.sam_sparse_delta.'): it is not a SAM sparse "
@@ -99,23 +123,66 @@ def read_file(
     return checked
 
 
+def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: str, shapes: bool) -> None:
+    """Check the tensors of a file that are no deltas: heads (`modules_to_save`) and resized embeddings may be there.
+
+    Args:
+        shapes: whether heads must have the shapes that they have in the model, too.
+
+    Raises:
+        ValueError: if one would overwrite what does not belong to the adapter, or has the wrong shape.
+    """
+    own, heads, embeddings = model.state_dict(keep_vars=True), set(), tuple(_embedding_paths(model))
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            names: Mapping[str, str] = module.adapter_state_dict_load_map(adapter_name)
+            heads |= {f"{name}.{key}" for key in names.values()}
+    for key, tensor in state.items():
+        if key not in own:
+            continue  # PEFT reports it
+        if key not in heads and not key.startswith(embeddings):
+            raise ValueError(
+                f"the adapter file has a tensor {key!r}, which is a parameter of the base model or of another adapter: "
+                "the file is damaged, or meant to change what is not its own."
+            )
+        if (shapes or key not in heads) and tensor.shape != own[key].shape:
+            raise ValueError(
+                f"the adapter file has {key!r} with shape {tuple(tensor.shape)}; the model has {tuple(own[key].shape)} "
+                "there. Was the vocabulary or the number of labels another?"
+            )
+
+
+def _embedding_paths(model: nn.Module) -> Iterator[str]:
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    peft_model: Any = model
+    found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    yield from (f"{name}." for name, module in model.named_modules() if id(module) in found)
+
+
 def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> tuple[Tensor, Tensor]:
-    if parts.keys() != {"indices", "values"}:
-        missing = ({"indices", "values"} - parts.keys()).pop()
-        raise ValueError(f"the adapter file lacks the {missing} of {name!r}: the file is damaged.")
-    indices, values = parts["indices"], parts["values"]
+    # PEFT saves a resized embedding with all that the model has below it, the positions too
+    if "values" not in parts or not parts.keys() & {"indices", "support"}:
+        raise ValueError(
+            f"the adapter file has {' and '.join(sorted(parts))} of {name!r}; expected support (indices in files of "
+            "format 1) and values: the file is damaged."
+        )
+    values, numel = parts["values"], parameter.numel()
+    if not values.is_floating_point() or values.ndim != 1 or not len(values):
+        raise ValueError(
+            f"the adapter file gives {name!r} values of shape {tuple(values.shape)} and {values.dtype}; expected "
+            "floating-point numbers, 1-D, at least one."
+        )
     try:
-        check_support(indices, parameter.numel(), name)
+        indices = decode(parts["support"], len(values), numel, name) if "support" in parts else parts["indices"]
+        check_support(indices, numel, name)
     except ValueError as error:
         raise ValueError(
             f"{error} The base model's parameter has shape {tuple(parameter.shape)}: the adapter was made for another "
             "base model, or the file is damaged."
         ) from None
-    if not values.is_floating_point() or values.shape != indices.shape or not len(indices):
-        raise ValueError(
-            f"the adapter file gives {name!r} values of shape {tuple(values.shape)} and {values.dtype} for indices of "
-            f"shape {tuple(indices.shape)}; expected as many floating-point values as indices, at least one."
-        )
+    if len(indices) != len(values):
+        raise ValueError(f"the adapter file gives {name!r} {len(values)} values for {len(indices)} indices.")
     return indices, values
 
 

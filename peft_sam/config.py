@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
@@ -16,6 +17,9 @@ BUDGETS = ("global", "tensor")
 # how the curvature is estimated → the statistic of the pass that it is made from
 CURVATURES = {"fisher": "squared_gradient", "hutchinson": "hessian"}
 SHORTHANDS = ("all-linear", "all")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+# of adapter files: 1 has the support as integers, 2 as a code
+FORMAT = 2
 
 
 @dataclass
@@ -91,6 +95,16 @@ class SamConfig(PeftConfig):
         default=True,
         metadata={"help": "True: deltas start at zero. False: small random deltas, for tests only."},
     )
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "The dtype of the values in adapter files; None for the one they have."}
+    )
+    strict_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether loading an adapter onto a base with other values than the one it was made for is an "
+            "error, not a warning. Belongs to whoever loads: it is not saved."
+        },
+    )
     selection: dict[str, Any] | None = field(
         default=None,
         metadata={"help": "What was selected (entries per parameter and their origin). Filled in; do not set."},
@@ -99,13 +113,21 @@ class SamConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SAM_SPARSE
+        self._check()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's convention
         if isinstance(self.exclude_modules, (list, tuple)):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
-        self._check()
 
     def _check(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            _check_names(name, getattr(self, name))
+        for name in ("fan_in_fan_out", "absolute_damping", "init_weights", "strict_base"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+        layers = self.layers_to_transform
+        if not all(type(index) is int for index in (layers if isinstance(layers, (list, tuple)) else [layers or 0])):
+            raise ValueError(f"layers_to_transform must be None, an integer or a list of integers; got {layers!r}.")
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
             raise ValueError(f"density is the share of entries to train, 0 < density <= 1; got {self.density!r}.")
         if not isinstance(self.score, str) or self.score not in SCORES:
@@ -130,8 +152,12 @@ class SamConfig(PeftConfig):
             raise ValueError(
                 f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which says which layers to take."
             )
+        if not isinstance(self.save_dtype or "", str) or self.save_dtype not in (None, *SAVE_DTYPES):
+            raise ValueError(f"save_dtype must be None or one of {list(SAVE_DTYPES)}; got {self.save_dtype!r}.")
         if self.selection is not None:
             counts_of(self.selection)
+            format_of(self.selection)
+            fingerprints_of(self.selection)
 
     @property
     def needs_data(self) -> bool:
@@ -149,6 +175,41 @@ class SamConfig(PeftConfig):
         """Selected entries per parameter name of the base model, or None while nothing is selected."""
         return None if self.selection is None else counts_of(self.selection)
 
+    @property
+    def coded(self) -> bool:
+        """Whether the file that belongs to this config holds supports as codes."""
+        return self.selection is not None and format_of(self.selection) >= 2
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What is kept of the base model that the adapter was made for, per parameter name."""
+        return {} if self.selection is None else fingerprints_of(self.selection)
+
+    def record(self, summary: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
+        """Fill in `selection`: what was selected, and on which base."""
+        self.selection = {**summary, "base": dict(fingerprints), "format": FORMAT}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved."""
+        found = super().to_dict()
+        del found["strict_base"]
+        if found["selection"] is not None:
+            found["selection"]["format"] = FORMAT
+        return found
+
+
+def _check_names(field_name: str, value: Any) -> None:
+    names = value if isinstance(value, (list, tuple, set)) else [value]
+    if value is not None and not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field_name} must be None, a text or a list of texts; got {str(value)[:200]!r}.")
+    if isinstance(value, str) and field_name == "modules_to_save":
+        raise ValueError(f"modules_to_save must be None or a list of module names; got {value[:200]!r}.")
+    if isinstance(value, str) and field_name != "layers_pattern":
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(f"{field_name} is no regular expression ({error}): {value[:200]!r}.") from None
+
 
 def counts_of(selection: Any) -> dict[str, int]:
     """The entries per parameter in a config's `selection`, which may come from a stranger's file: checked."""
@@ -165,3 +226,27 @@ def counts_of(selection: Any) -> dict[str, int]:
                 "positive integer for a parameter name."
             )
     return dict(counts)
+
+
+def format_of(selection: Mapping[str, Any]) -> int:
+    """The format of the file that a config's `selection` describes: checked."""
+    found = selection.get("format", 1)
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        raise ValueError(f"the field `selection` of a SamConfig has format {found!r}; expected 1 to {FORMAT}.")
+    if found > FORMAT:
+        raise ValueError(
+            f"this adapter has file format {found}, and this peft_sam knows 1 to {FORMAT}: upgrade it (pip install -U "
+            "peft-sam)."
+        )
+    return found
+
+
+def fingerprints_of(selection: Mapping[str, Any]) -> dict[str, str]:
+    """The fingerprints in a config's `selection`: checked."""
+    found = selection.get("base", {})
+    if not isinstance(found, Mapping) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+        raise ValueError(
+            "the field `selection` of a SamConfig must hold under 'base' a map from parameter name to text; got "
+            f"{str(found)[:200]!r}."
+        )
+    return dict(found)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from peft_sam.coding import code_length, decode
 from peft_sam.support import check_support
 
 
@@ -46,13 +47,15 @@ class SparseDelta(nn.Module):
     hold the place of those that a file will bring.
     """
 
+    # the buffer that holds the support
+    form: ClassVar[str] = "indices"
     indices: Tensor
 
-    def __init__(self, shape: torch.Size, indices: Tensor, values: Tensor) -> None:
+    def __init__(self, shape: torch.Size, support: Tensor, values: Tensor) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
         self.values = nn.Parameter(values)
-        self.register_buffer("indices", indices)
+        self.register_buffer(self.form, support)
         self._derived: dict[Any, tuple[Tensor, int, Any]] = {}
 
     @classmethod
@@ -69,14 +72,21 @@ class SparseDelta(nn.Module):
 
     def derive(self, key: Any, function: Callable[[Tensor], Any]) -> Any:
         """`function(indices)`, kept until the support changes: loading, moving and re-choosing all change it."""
-        indices = self.indices
+        return self._keep(key, lambda: function(self.indices))
+
+    def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
+        stored = getattr(self, self.form)
         kept = self._derived.get(key)
         if kept is None or (
-            not torch.compiler.is_compiling() and (kept[0] is not indices or kept[1] != indices._version)
+            not torch.compiler.is_compiling() and (kept[0] is not stored or kept[1] != stored._version)
         ):
-            kept = (indices, indices._version, function(indices))
+            kept = (stored, stored._version, make())
             self._derived[key] = kept
         return kept[2]
+
+    def can_hold(self, indices: Tensor) -> bool:
+        """Whether this support can take the old one's place in the tensors that are there."""
+        return len(self.indices) == len(indices) and not self.values.is_meta
 
     def checked_indices(self) -> Tensor:
         """The support, checked once against the parameter: values may come from a file through any door.
@@ -97,28 +107,28 @@ class SparseDelta(nn.Module):
     # Every process knows the support, and keeps it.
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDelta:
-        support = self.indices
+        support = getattr(self, self.form)
         super()._apply(fn, recurse)
-        if self.indices.is_meta:
-            self.indices = support
+        if getattr(self, self.form).is_meta:
+            setattr(self, self.form, support)
         return self
 
     @property
     def _awaits_values(self) -> bool:
-        return self.values.is_meta and not self.indices.is_meta
+        return self.values.is_meta and not getattr(self, self.form).is_meta
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._awaits_values:
-            del destination[f"{prefix}indices"]
+            del destination[f"{prefix}{self.form}"]
 
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
         awaited = self._awaits_values
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, *others)
-        if awaited and f"{prefix}indices" in missing:
-            missing.remove(f"{prefix}indices")
+        if awaited and f"{prefix}{self.form}" in missing:
+            missing.remove(f"{prefix}{self.form}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}}
@@ -126,3 +136,36 @@ class SparseDelta(nn.Module):
     def extra_repr(self) -> str:
         """What a printed model shows."""
         return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"
+
+
+class CodedDelta(SparseDelta):
+    """A delta that holds its support as a file does: for loaders that fill a model's tensors from a file by name.
+
+    Attributes:
+        support: the code of the indices (`coding`), all zeros while it is awaited.
+    """
+
+    form: ClassVar[str] = "support"
+    support: Tensor
+
+    @classmethod
+    def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
+        """A pending delta for `parameter`, with room for the code and the values of `entries` entries."""
+        support = torch.zeros(code_length(entries, parameter.numel()), dtype=torch.uint8, device=parameter.device)
+        values = torch.zeros(entries, dtype=delta_dtype(parameter.dtype), device=parameter.device)
+        return cls(parameter.shape, support, values)
+
+    @property
+    def indices(self) -> Tensor:  # type: ignore[override]
+        """The support, decoded."""
+
+        def of_code() -> Tensor:
+            if self.support.is_meta or not self.support.any():
+                return torch.full((len(self.values),), -1, device=self.support.device)
+            return decode(self.support, len(self.values), self.shape.numel(), "parameter")
+
+        return self._keep("indices", of_code)
+
+    def can_hold(self, indices: Tensor) -> bool:
+        """Never: what is chosen or read here is held as it is."""
+        return False

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
-from peft_sam.delta import PendingAdapterError, SparseDelta, delta_dtype
+from peft_sam.delta import CodedDelta, PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.mixed import BASE, by_samples
 from peft_sam.ops import compose
@@ -69,13 +69,18 @@ class SamLayer(nn.Module, BaseTunerLayer):
             owner._followers.append((self, name, there))
         self._tied[name] = (owner, there)
 
-    def update_layer(self, adapter_name: str, entries: Mapping[str, int], inference_mode: bool = False) -> None:
-        """Add pending deltas with room for so many entries per parameter: 0 while that is not known."""
-        own = self.parameters_below()
+    def update_layer(
+        self, adapter_name: str, entries: Mapping[str, int], coded: bool = False, inference_mode: bool = False
+    ) -> None:
+        """Add pending deltas with room for so many entries per parameter: 0 while that is not known.
+
+        With `coded` their supports are awaited as codes.
+        """
+        delta_type, own = CodedDelta if coded else SparseDelta, self.parameters_below()
         if adapter_name not in self.sam_sparse_delta:
             self.sam_sparse_delta[adapter_name] = nn.ModuleDict()
         for name, number in entries.items():
-            self.sam_sparse_delta[adapter_name][_key(name)] = SparseDelta.place_holder(own[name], number)  # type: ignore[operator]
+            self.sam_sparse_delta[adapter_name][_key(name)] = delta_type.place_holder(own[name], number)  # type: ignore[operator]
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def drop(self, adapter_name: str, name: str) -> None:
@@ -108,7 +113,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
             parameter = own[name]
             check_support(indices, parameter.numel(), name)
             delta = old.get(name)
-            if delta is None or len(delta.indices) != len(indices) or delta.values.is_meta:
+            if delta is None or not delta.can_hold(indices):
                 dtype = delta_dtype(parameter.dtype) if delta is None else delta.values.dtype
                 device = indices.device if parameter.is_meta else parameter.device
                 requires_grad = trainable if delta is None else delta.values.requires_grad

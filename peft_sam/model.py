@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft_sam.arithmetic import Combined, check_combination
 from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support
-from peft_sam.checkpoint import modules_in, read_file, sam_layers, to_file
+from peft_sam.checkpoint import check_others, modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
+from peft_sam.fingerprint import check_base, fingerprints
 from peft_sam.layer import SamLayer
 from peft_sam.layers import make_layer
 from peft_sam.mixed import adapters_by_sample, check_samples
@@ -64,11 +65,11 @@ class SamModel(BaseTuner):
         of the config, so that one config makes many adapters.
         """
         self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-        self._trainable_before = {name for name, p in model.named_parameters() if p.requires_grad}
+        self._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         if state_dict is not None:
             self.peft_config[adapter_name].target_modules = modules_in(state_dict)
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             SamModel.finish_injection(self, model, adapter_name)
         except BaseException:
             self.withdraw(adapter_name)
@@ -88,8 +89,10 @@ class SamModel(BaseTuner):
                 module.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             return module
 
-        tie(model, adapter_name, wrap, config.counts)
-        if config.selection is None and not config.needs_data:
+        tie(model, adapter_name, wrap, config)
+        if config.selection is not None:
+            check_base(sam_layers(model), config.fingerprints, config.strict_base)
+        elif not config.needs_data:
             check_weights(model, adapter_name, config.score)
             selection = SamModel.chooser(candidates_of(model, adapter_name), config)
             apply_selection(model, adapter_name, config, selection)
@@ -115,14 +118,14 @@ class SamModel(BaseTuner):
         """Take out an adapter whose injection or loading failed; the model is as it was before."""
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
-            return
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, ModulesToSaveWrapper):
-                parent, _, child = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), child, module.original_module)
-        self.unload()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name in self._trainable_before)
+        else:
+            for name, module in list(self.model.named_modules()):
+                if isinstance(module, ModulesToSaveWrapper):
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.model.get_submodule(parent), child, module.original_module)
+            self.unload()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in self._trainable_before)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -167,10 +170,12 @@ class SamModel(BaseTuner):
         config = copy.copy(self.peft_config[adapters[0]])
         config.target_modules = list(combined.parts)
         config.exclude_modules = config.layers_to_transform = None
-        config.selection = combined.summary()
+        config.record(combined.summary(), {})
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         combined.put(adapter_name)
+        kept = fingerprints(sam_layers(self.model), adapter_name)
+        self.peft_config[adapter_name].record(combined.summary(), kept)
 
     # Merging
 
@@ -236,6 +241,7 @@ class SamModel(BaseTuner):
         layer.update_layer(
             adapter_name,
             {name.removeprefix(f"{key}."): number for name, number in entries.items()},
+            coded=peft_config.coded,
             inference_mode=peft_config.inference_mode,
         )
 
@@ -270,7 +276,7 @@ class SamModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        return to_file(state, sam_layers(model), adapter_name)
+        return to_file(state, sam_layers(model), adapter_name, config.save_dtype)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -285,8 +291,10 @@ class SamModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check a file's deltas, then put them in the layers with the sizes that the file has."""
         layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
-        counts = None if has_support(model, adapter_name) else config.counts
-        found = read_file(state_dict, layers, adapter_name, counts)
+        replaces = has_support(model, adapter_name)
+        found = read_file(state_dict, layers, adapter_name, None if replaces else config.counts)
+        rest = {key: tensor for key, tensor in state_dict.items() if ".sam_sparse_delta." not in key}
+        check_others(rest, model, adapter_name, shapes=replaces)
         for name, layer in layers.items():
             parts = found.get(name, {})
             layer.set_support(
@@ -295,9 +303,8 @@ class SamModel(BaseTuner):
                 {key: values for key, (_, values) in parts.items()},
             )
         counts = {f"{module}.{key}": len(i) for module, parts in found.items() for key, (i, _) in parts.items()}
-        if config.counts != counts:
-            config.selection = {"k": sum(counts.values()), "counts": counts}
-        rest = {key: tensor for key, tensor in state_dict.items() if ".sam_sparse_delta." not in key}
+        if replaces or config.counts != counts:
+            config.record({"k": sum(counts.values()), "counts": counts}, fingerprints(layers, adapter_name))
         loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import nn
 
+from peft_sam.config import SamConfig
 from peft_sam.layer import SamLayer
 from peft_sam.owned import stored_parameters
 from peft_sam.targets import base_modules, base_name
@@ -34,13 +35,13 @@ def shared_parameters(model: nn.Module) -> list[list[Place]]:
     return [found for found in places.values() if len(found) > 1]
 
 
-def tie(model: nn.Module, adapter_name: str, wrap: Callable[[str], SamLayer], counts: Mapping[str, int] | None) -> None:
+def tie(model: nn.Module, adapter_name: str, wrap: Callable[[str], SamLayer], config: SamConfig) -> None:
     """Give each shared parameter that is targeted anywhere one delta, in the first place; the others follow it.
 
     Args:
         wrap: name of a module → its sparse layer, made if there is none.
-        counts: entries per parameter where they are known.
     """
+    counts = config.counts or {}
 
     def has_delta(place: Place) -> bool:
         layer = model.get_submodule(place.module)
@@ -48,11 +49,11 @@ def tie(model: nn.Module, adapter_name: str, wrap: Callable[[str], SamLayer], co
 
     for first, *others in shared_parameters(model):
         targeted = [place for place in (first, *others) if has_delta(place)]
-        if not targeted and first.base_name not in (counts or {}):
+        if not targeted and first.base_name not in counts:
             continue
         owner = wrap(first.module)
         if first not in targeted:
-            owner.update_layer(adapter_name, {first.parameter: (counts or {}).get(first.base_name, 0)})
+            owner.update_layer(adapter_name, {first.parameter: counts.get(first.base_name, 0)}, config.coded)
         for place in others:
             layer = wrap(place.module)
             layer.tie(place.parameter, owner, first.parameter)

@@ -23,6 +23,7 @@ CHOOSING = [
     "groups",
 ]
 ADAPTING = [
+    "coding",
     "delta",
     "substitute",
     "owned",
@@ -40,6 +41,7 @@ ADAPTING = [
     "targets",
     "ties",
     "checkpoint",
+    "fingerprint",
     "candidates",
     "arithmetic",
     "model",

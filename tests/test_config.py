@@ -18,6 +18,7 @@ from peft import PeftConfig, PeftType
 import peft_sam
 from peft_sam import SamConfig, SamModel
 from peft_sam._peft import SAM_SPARSE
+from peft_sam.config import FORMAT
 
 
 def test_the_type_is_a_real_member_of_peft_s_enum() -> None:
@@ -96,7 +97,8 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         layers_pattern="layer",
         modules_to_save=["classifier"],
         seed=3,
-        selection={"k": 2, "counts": {"a.weight": 2}},
+        save_dtype="bfloat16",
+        selection={"k": 2, "counts": {"a.weight": 2}, "format": FORMAT},
     )
     config.save_pretrained(str(tmp_path))
     loaded = PeftConfig.from_pretrained(str(tmp_path))
