@@ -1,0 +1,1 @@
+"""The paper's experiments, with any base model: `python -m benchmarks.paper run`, `table`, `plots`."""

@@ -1,0 +1,77 @@
+"""What a way to fine-tune is: which parameters are trained, and what happens to them around a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method may know of the run that it is part of.
+
+    Attributes:
+        density: p, the share of the candidates' entries that is trained, for the methods that have one.
+        seed: of everything random in the method.
+        steps: optimizer steps of the run.
+        batches: the training batches, dicts of tensors with labels; may be read again and again.
+        head: names of the modules of the model that are the task's head: trained densely by every method.
+        candidates: names of the modules of the model whose parameters are candidates.
+    """
+
+    density: float
+    seed: int
+    steps: int
+    batches: Iterable[dict[str, Any]]
+    head: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+
+class Method:
+    """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.paper.loop`).
+
+    The loop computes `model(**batch).loss`, adds `penalty`, runs backward, calls `after_backward`, clips gradients,
+    steps the optimizer over `groups`, and calls `after_step`. Before every evaluation it enters nothing: a method whose
+    model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
+    """
+
+    name: ClassVar[str]
+
+    def start(self, model: nn.Module, setup: Setup) -> nn.Module:
+        """Ready the model: freeze, wrap, select. Returns the model to train (the same object or a wrapped one)."""
+        raise NotImplementedError
+
+    def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """Parameter groups of the optimizer; by default all that require gradients, at `lr`."""
+        return [{"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}]
+
+    def penalty(self, model: nn.Module, step: int) -> Tensor | None:
+        """What is added to the loss of a step, if anything."""
+        return None
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Between backward and the optimizer's step: gradients may be changed."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """After the optimizer's step: parameters may be changed."""
+
+    def finish(self, model: nn.Module) -> None:
+        """After the last step, before the last evaluation."""
+
+    def trained(self, model: nn.Module, setup: Setup) -> int:
+        """How many entries outside the head differ, or may differ, from the pretrained model."""
+        raise NotImplementedError
+
+    def stored_bytes(self, model: nn.Module, setup: Setup) -> int:
+        """Size of what must be stored for the task besides the head and the pretrained model, in bytes."""
+        raise NotImplementedError
+
+
+def named_head(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the head, by name."""
+    for name, parameter in model.named_parameters():
+        if any(name.startswith(f"{module}.") for module in setup.head):
+            yield name, parameter
