@@ -79,13 +79,13 @@ def write_merged(adapter: Adapter, folder: Path) -> None:
             f"format 'merged' writes a model by its save_pretrained, which {type(bare).__name__} does not have. Use "
             "model.merge_and_unload() and save its state_dict."
         )
-    tuner = adapter.model.base_model
     try:
-        tuner.merge_adapter([adapter.name])
+        adapter.model.base_model.merge_adapter([adapter.name])
         bare.save_pretrained(folder)
     finally:
-        if any(part.layer.merged for part in adapter.parts):
-            tuner.unmerge_adapter()
+        for layer in {part.module: part.layer for part in adapter.parts}.values():
+            if layer.merged:
+                layer.unmerge()
 
 
 def _stock(make: Callable[..., StockAdapter]) -> Callable[..., Squares]:
@@ -121,6 +121,8 @@ def export_adapter(
     rank: int | None = None,
 ) -> ExportReport:
     """Write a SAM sparse adapter in a format that loads without this package; the model is as before.
+
+    Of several processes, one calls it.
 
     * "supertuning": an adapter of PEFT's Super-Tuning (PEFT 0.21 and newer), with the bits of θ⁰ + Δ. As it stores
       equally many entries of equal layers, its file grows where the support is clustered.

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_sam.delta import SparseDelta
 from peft_sam.embedding import SamEmbedding
 from peft_sam.linear import SamLinear
+from peft_sam.owned import is_plain, stored_parameter
 from peft_sam.parts import Adapter, Part
 from peft_sam.stock_sparse import StockAdapter
 
@@ -65,9 +66,14 @@ def _left_vectors(block: Tensor, rank: int) -> Tensor:
 
 
 def is_low_rank_target(part: Part) -> bool:
-    """Whether stock LoRA can change this parameter: weight or bias of a linear layer, or an embedding."""
+    """Whether stock LoRA can change this parameter: weight or bias of a linear layer, or an embedding.
+
+    A weight may be quantised or offloaded: LoRA adds to the layer's output. Biases it adapts on plain weights only.
+    """
     kinds = {"weight": (SamLinear, SamEmbedding), "bias": (SamLinear,)}
-    return isinstance(part.layer, kinds.get(part.parameter, ())) and not part.layer.is_shared(part.parameter)
+    if not isinstance(part.layer, kinds.get(part.parameter, ())) or part.layer.is_shared(part.parameter):
+        return False
+    return part.parameter == "weight" or is_plain(stored_parameter(part.layer.get_base_layer(), "weight"))
 
 
 def lora(adapter: Adapter, rank: int) -> StockAdapter:

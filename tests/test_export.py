@@ -32,6 +32,7 @@ from peft_sam.delta import SparseDelta
 from peft_sam.parts import Adapter
 from peft_sam.stock_sparse import addends, common_sparsity, kept_entries, target_names
 from tests.cases import Attention, Sequential, TiedPair, bert, gpt2, llama, mixtral, t5, vit
+from tests.test_linear import quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # stock SHiRA
 IDS = torch.arange(1, 13).view(2, 6)
@@ -224,6 +225,25 @@ def test_a_lora_twin_loses_what_the_best_approximation_loses_and_says_so(
     assert {name: report.errors[name] for name in ("0.bias", "1.bias")} == {"0.bias": 0.0, "1.bias": 0.0}
 
 
+@pytest.mark.parametrize("kind", ["torchao", "hqq"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_quantised_base_has_a_lora_twin_but_not_of_biases(kind: str, tmp_path: Path) -> None:
+    layers = [nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)]
+    bases = [quantised(kind, Sequential(*copy.deepcopy(layers))) for _ in range(2)]
+    options = {"target_modules": "all-linear", "density": 0.2, **RANDOM}
+    if kind == "torchao":
+        with pytest.raises(ValueError, match=r"0.bias.*No format can"):
+            export_adapter(get_peft_model(bases[0], SamConfig(**options)), tmp_path / "twin", "lora")
+        bases = [quantised(kind, Sequential(*copy.deepcopy(layers))) for _ in range(2)]
+        for base in bases:
+            base[0].bias = base[2].bias = None
+    model: Any = get_peft_model(bases[0], SamConfig(**options))
+    assert export_adapter(model, tmp_path / "twin", "lora", rank=64).error < 1e-6
+    twin = PeftModel.from_pretrained(bases[1], tmp_path / "twin")
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(twin(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_only_active_rows_and_columns_take_part_in_an_approximation() -> None:
     indices = torch.tensor([7 * 100_000 + 3, 7 * 100_000 + 99_999, 50_000 * 100_000 + 3])
     delta = SparseDelta(torch.Size((100_000, 100_000)), indices, torch.tensor([3.0, 4.0, 1.0]))
@@ -367,7 +387,7 @@ def test_stock_classes_load_what_a_head_belongs_to(tmp_path: Path) -> None:
 def test_only_the_named_adapter_is_written_whatever_is_active(format: str, tmp_path: Path) -> None:
     saved = Saved(tmp_path, llama_with_head, task_type="SEQ_CLS")
     export_adapter(saved.model, tmp_path / "alone", format)
-    saved.model.add_adapter("second", SamConfig(task_type="SEQ_CLS", density=0.03, seed=5, **RANDOM))
+    saved.model.add_adapter("second", SamConfig(target_modules=["q_proj"], seed=5, density=0.1, **RANDOM))
     saved.model.set_adapter("second")
     active = saved.model.active_adapters
     export_adapter(saved.model, tmp_path / "next", format)
@@ -376,6 +396,12 @@ def test_only_the_named_adapter_is_written_whatever_is_active(format: str, tmp_p
         assert_same_bits(load_file(file), load_file(tmp_path / "next" / file.name))
     export_adapter(saved.model, tmp_path / "second", format, adapter_name="second")
     assert not saved.model.base_model.model.model.layers[0].self_attn.q_proj.merged
+    if format == "merged":
+        second = AutoModelForSequenceClassification.from_pretrained(tmp_path / "second")
+        both = (second.state_dict(), saved.load().state_dict())
+        assert {name for name in both[0] if not torch.equal(both[0][name], both[1][name])} == {
+            f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)
+        }
 
 
 def pending(folder: Path) -> Any:
