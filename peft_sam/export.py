@@ -83,7 +83,7 @@ def write_merged(adapter: Adapter, folder: Path) -> None:
         adapter.model.base_model.merge_adapter([adapter.name])
         bare.save_pretrained(folder)
     finally:
-        for layer in {part.module: part.layer for part in adapter.parts}.values():
+        for layer in adapter.layers:
             if layer.merged:
                 layer.unmerge()
 

@@ -16,7 +16,7 @@ from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
-from peft_sam.owned import is_plain, stored_parameter
+from peft_sam.owned import head_of, is_plain, stored_parameter
 from peft_sam.targets import base_name
 
 
@@ -54,6 +54,7 @@ class Adapter:
 
     Attributes:
         parts: its deltas, all with a support, in the base model's order.
+        layers: all sparse layers of the model.
 
     Raises:
         TypeError: if the model is no PEFT model with SAM adapters.
@@ -72,7 +73,7 @@ class Adapter:
         layers = sam_layers(model)
         if merged := sorted({merged for layer in layers.values() for merged in layer.merged_adapters}):
             raise ValueError(f"adapters {merged} are merged: call model.unmerge_adapter() first.")
-        self.model, self.name = model, name
+        self.model, self.name, self.layers = model, name, list(layers.values())
         self.config: SamConfig = model.peft_config[name]
         self.parts = [
             Part(module, parameter, layer, delta)
@@ -98,19 +99,14 @@ class Adapter:
             if isinstance(module, SamLayer):
                 shared[id(module)] = copy.deepcopy(module.get_base_layer(), shared)
             elif isinstance(module, ModulesToSaveWrapper):
-                shared[id(module)] = copy.deepcopy(self._head(module), shared)
+                shared[id(module)] = copy.deepcopy(head_of(module, self.name), shared)
         return copy.deepcopy(self.base, shared)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained and saved densely (`modules_to_save`)."""
         wrappers = [module for module in self.base.modules() if isinstance(module, ModulesToSaveWrapper)]
-        heads = [self._head(wrapper) for wrapper in wrappers if self.name in wrapper.modules_to_save]
+        heads = [head_of(wrapper, self.name) for wrapper in wrappers if self.name in wrapper.modules_to_save]
         return [parameter for head in heads for parameter in head.parameters()]
-
-    def _head(self, wrapper: ModulesToSaveWrapper) -> nn.Module:
-        own = self.name in wrapper.modules_to_save
-        head: nn.Module = wrapper.modules_to_save[self.name] if own else wrapper.original_module
-        return head
 
     def saved_besides(self, adapted: Collection[str]) -> dict[str, Tensor]:
         """What PEFT saves besides the deltas, under its names: heads, and embeddings whose vocabulary was resized.
