@@ -37,6 +37,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from peft_sam.base_files import name_in_files, names_in_files
 from peft_sam.delta import changed
 from peft_sam.parts import Adapter
 
@@ -82,37 +83,43 @@ def patches(adapter: Adapter) -> dict[str, Patch]:
     """What the adapter changes, by name in the checkpoint.
 
     transformers renames, fuses and splits tensors between a checkpoint and a model. The new values go the way back
-    that `save_pretrained` goes, in tensors that are NaN where nothing changes, one layer of the model at a time.
+    that `save_pretrained` goes, in tensors that are NaN where nothing changes, one layer of the model at a time. Where
+    the files that the base was loaded from are at hand, names are theirs; a tied tensor that they hold twice is
+    changed twice.
 
     Raises:
-        ValueError: if a new value is NaN, or the checkpoint does not hold each new value once.
+        ValueError: if a new value is NaN, or new values do not arrive one for one in the checkpoint.
     """
-    bare = adapter.bare_base()
-    changes = _changes(adapter)
+    bare, changes = adapter.bare_base(), _changes(adapter)
     state, parameters = bare.state_dict(), dict(bare.named_parameters(remove_duplicate=False))
+    in_files = names_in_files(adapter.config.base_model_name_or_path, adapter.config.revision)
+    prefix = getattr(bare, "base_model_prefix", "")
     names, revert = _saved_names(bare, state, parameters), _way_back(bare)
+    changing = {name: changes[id(p)] for name, p in parameters.items() if id(p) in changes}
+    names += [n for n in changing if n not in names and name_in_files(n, in_files, prefix) in in_files]
 
     def marked(name: str) -> Tensor:
-        change = changes.get(id(parameters.get(name)))
         unchanged = state[name].new_full((), torch.nan).expand(state[name].shape)
-        return unchanged if change is None else change.applied_to(unchanged)
+        return changing[name].applied_to(unchanged) if name in changing else unchanged
 
     shapes = {name: tensor.shape for name, tensor in revert({name: state[name].to("meta") for name in names}).items()}
     found: dict[str, Patch] = {}
     for group in _layers(names):
-        if any(id(parameters.get(name)) in changes for name in group):
+        if not changing.keys().isdisjoint(group):
             tensors = revert({name: marked(name) for name in group})
             if any(shapes.get(name) != tensor.shape for name, tensor in tensors.items()):
                 found = _read(revert({name: marked(name) for name in names}))  # a tensor is made from several layers
                 break
             found |= _read(tensors)
-    arrived, expected = sum(len(p.values) for p in found.values()), sum(len(c.values) for c in changes.values())
-    if arrived != expected:
+    expected = [len(changing[name].values) for name in names if name in changing]
+    arrived = [len(patch.values) for patch in found.values()]
+    if sum(arrived) != sum(expected) or {id(parameters[n]) for n in names if n in changing} != changes.keys():
         raise ValueError(
-            f"of {expected:,} changed entries {arrived:,} arrive in the checkpoint of {type(bare).__name__}, which "
-            "holds a tensor in another form than the model. Format 'merged' can hold the adapter."
+            f"of {sum(expected):,} changed entries {sum(arrived):,} arrive in the checkpoint of "
+            f"{type(bare).__name__}, which holds some tensor in another form than the model, or not at all. Format "
+            "'merged' can hold the adapter."
         )
-    return found
+    return {name_in_files(name, in_files, prefix): patch for name, patch in found.items()}
 
 
 class _Change(NamedTuple):

@@ -56,6 +56,7 @@ STAIRS = [
     "parts",
     "stock_sparse",
     "low_rank",
+    "base_files",
     "checkpoint_patch",
     "export",
     "__init__",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,10 +17,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import AutoPeftModel, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    BertModel,
     Dinov2Config,
     Dinov2ForImageClassification,
     LlamaConfig,
@@ -316,6 +319,64 @@ def test_a_patch_finds_a_tensor_of_the_checkpoint_that_is_made_of_several_groups
     both = [load_file(tmp_path / name / "checkpoint_patch.safetensors") for name in ("one", "two")]
     assert_same_bits(*both)
     assert any("weights_in" in name for name in both[0])
+
+
+def headless(path: Any) -> Any:
+    """A model with a head on the file of one without, whose names lack a prefix, and an adapter."""
+    base = BertForSequenceClassification.from_pretrained(path)
+    config = SamConfig(task_type="SEQ_CLS", density=0.05, target_modules="all", **RANDOM)
+    return get_peft_model(base, config)
+
+
+def test_names_of_a_patch_are_those_of_the_file_that_the_base_was_loaded_from(tmp_path: Path) -> None:
+    BertModel(bert().config).save_pretrained(tmp_path / "base")
+    model = headless(tmp_path / "base")
+    export_adapter(model, tmp_path / "patch", "checkpoint_patch")
+    base = load_file(tmp_path / "base" / "model.safetensors")
+    found = patched(base, tmp_path / "patch")
+    merged = model.merge_and_unload().state_dict()
+    assert found.keys() - base.keys() == {"classifier.weight", "classifier.bias"}
+    for name, tensor in found.items():
+        assert torch.equal(tensor, merged[name if name in merged else f"bert.{name}"]), name
+
+
+@pytest.mark.parametrize("shards", ["50GB", "20kB"])
+def test_names_come_from_the_cache_of_the_hub_too(hub: Any, shards: str, tmp_path: Path) -> None:
+    BertModel(bert().config).push_to_hub("me/base", max_shard_size=shards)
+    model = headless("me/base")
+    export_adapter(model, tmp_path / "patch", "checkpoint_patch")
+    about = json.loads((tmp_path / "patch" / "checkpoint_patch.json").read_text())
+    assert about["base_model"] == "me/base"
+    assert not any(name.startswith("bert.") for name in about["tensors"])
+
+
+def test_a_tied_tensor_that_the_file_holds_twice_is_changed_twice(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, gpt2, target_modules=["wte"])
+    file = saved.path / "model.safetensors"
+    base = load_file(file)
+    save_file({**base, "lm_head.weight": base["transformer.wte.weight"].clone()}, file, metadata={"format": "pt"})
+    export_adapter(saved.model, tmp_path / "patch", "checkpoint_patch")
+    found = patched(load_file(file), tmp_path / "patch")
+    merged = saved.merged()
+    assert not torch.equal(found["lm_head.weight"], base["transformer.wte.weight"])
+    assert all(torch.equal(found[name], merged[name]) for name in ("lm_head.weight", "transformer.wte.weight"))
+
+
+def test_a_base_whose_files_are_gone_has_the_names_that_it_would_save(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, llama)
+    export_adapter(saved.model, tmp_path / "before", "checkpoint_patch")
+    shutil.rmtree(saved.path)
+    export_adapter(saved.model, tmp_path / "after", "checkpoint_patch")
+    assert_same_bits(*(load_file(tmp_path / name / "checkpoint_patch.safetensors") for name in ("before", "after")))
+
+
+def test_a_change_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
+    saved = Saved(tmp_path, llama)
+    names = [name for name in saved.model.base_model.sparse_deltas() if "o_proj" in name]
+    saved.model.base_model.model._keys_to_ignore_on_save = names
+    shutil.rmtree(saved.path)
+    with pytest.raises(ValueError, match=r"arrive in the checkpoint of LlamaForCausalLM.*'merged'"):
+        export_adapter(saved.model, tmp_path / "out", "checkpoint_patch")
 
 
 def test_a_plain_module_has_a_patch_of_its_state_dict(tmp_path: Path) -> None:
