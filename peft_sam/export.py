@@ -24,6 +24,7 @@ from peft_sam.stock_sparse import StockAdapter, is_linear_weight, shira, supertu
 
 DEFAULT_RANK = 16
 SHOWN = 5
+HALF_OR_SINGLE = "untied weights of nn.Linear layers in float32, bfloat16 or float16"
 # parameter → ‖Δ - what was written‖² and ‖Δ‖²
 Squares = dict[str, tuple[float, float]]
 
@@ -105,9 +106,9 @@ def _stock(make: Callable[..., StockAdapter]) -> Callable[..., Squares]:
 
 
 FORMATS = {
-    "supertuning": Format(_stock(supertuning), is_linear_weight, "weights of nn.Linear layers"),
-    "shira": Format(_stock(shira), is_linear_weight, "weights of nn.Linear layers"),
-    "lora": Format(_stock(lora), is_low_rank_target, "weights and biases of linear layers, and embeddings"),
+    "supertuning": Format(_stock(supertuning), is_linear_weight, HALF_OR_SINGLE),
+    "shira": Format(_stock(shira), is_linear_weight, HALF_OR_SINGLE),
+    "lora": Format(_stock(lora), is_low_rank_target, "untied weights and biases of linear layers, and embeddings"),
     "merged": Format(write_merged, lambda part: part.readable, "any parameter in memory"),
     "checkpoint_patch": Format(write_patch, lambda part: part.readable, "any parameter in memory"),
 }
@@ -176,13 +177,10 @@ def _check_holds(format: str, adapter: Adapter) -> None:
     left_out = [part for part in adapter.parts if not FORMATS[format].holds(part)]
     if not left_out:
         return
-    names = [
-        f"{part.name} ({type(part.layer.get_base_layer()).__name__}{'' if part.readable else ', not plain in memory'})"
-        for part in left_out[:SHOWN]
-    ]
+    names = ", ".join(f"{part.name} ({part.describe()})" for part in left_out[:SHOWN])
     more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
     others = [name for name, row in FORMATS.items() if all(row.holds(part) for part in adapter.parts)]
     raise ValueError(
-        f"format {format!r} holds {FORMATS[format].what}, and cannot hold the changes of {', '.join(names)}{more}. "
+        f"format {format!r} holds {FORMATS[format].what}, and cannot hold the changes of {names}{more}. "
         + (f"Formats that can hold this adapter: {others}." if others else "No format can: they need plain weights.")
     )

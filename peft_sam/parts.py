@@ -48,6 +48,12 @@ class Part(NamedTuple):
         """Whether θ⁰ can be read: it is not quantised, offloaded or sharded."""
         return is_plain(self.base)
 
+    def describe(self) -> str:
+        """What decides whether a format can hold it, in words."""
+        how = str(self.base.dtype).removeprefix("torch.") if self.readable else "not plain in memory"
+        tied = ", tied" if self.layer.is_shared(self.parameter) else ""
+        return f"{type(self.layer.get_base_layer()).__name__}, {how}{tied}"
+
 
 class Adapter:
     """A SAM sparse adapter of a model, ready to be written in another format.

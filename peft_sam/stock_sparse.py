@@ -37,7 +37,8 @@ def is_linear_weight(part: Part) -> bool:
     """Whether stock PEFT's sparse tuners can change this parameter: the weight of an `nn.Linear`, its alone."""
     linear = isinstance(part.layer, SamLinear) and isinstance(part.layer.get_base_layer(), nn.Linear)
     right = linear and part.parameter == "weight" and not part.layer.is_shared("weight")
-    return right and part.readable and part.base.dtype.itemsize <= 4
+    # both store float32 values and int32 positions
+    return right and part.readable and part.base.dtype.itemsize <= 4 and part.delta.shape.numel() <= 2**31
 
 
 def supertuning(adapter: Adapter) -> StockAdapter:
