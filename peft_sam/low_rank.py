@@ -102,11 +102,12 @@ def lora(adapter: Adapter, rank: int) -> StockAdapter:
         tensors[part.module] = _named(part, found, rank)
         if biases:
             tensors[part.module]["lora_B.bias"] = _bias(part, biases.get(part.module))
+    linear = [part.layer.get_base_layer() for part in adapter.parts if isinstance(part.layer, SamLinear)]
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_bias=bool(biases),
-        fan_in_fan_out=all(isinstance(part.layer.get_base_layer(), Conv1D) for part in adapter.parts),
+        fan_in_fan_out=bool(linear) and all(isinstance(base, Conv1D) for base in linear),
         **adapter.common_fields(),
     )
     lost = {weights[module].name: (found.missing, found.whole) for module, found in factors.items()}
