@@ -68,20 +68,17 @@ class SparseDelta(nn.Module):
     @property
     def pending(self) -> bool:
         """Whether there is no support yet."""
-        return bool(self.derive("pending", lambda indices: len(indices) == 0 or int(indices[0]) < 0))
+        return bool(self.derive("pending", lambda delta: len(delta.indices) == 0 or int(delta.indices[0]) < 0))
 
-    def derive(self, key: Any, function: Callable[[Tensor], Any]) -> Any:
-        """`function(indices)`, kept until the support changes: loading, moving and re-choosing all change it."""
-        return self._keep(key, lambda: function(self.indices))
-
-    def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        stored = getattr(self, self.form)
+    def derive(self, key: Any, make: Callable[[Any], Any]) -> Any:
+        """`make(self)`, kept until the support changes: loading, moving and re-choosing all change it."""
+        # every forward pass comes by here: nn.Module's own attribute look-up would take most of the time
+        stored: Any = self._buffers[self.form]
         kept = self._derived.get(key)
         if kept is None or (
             not torch.compiler.is_compiling() and (kept[0] is not stored or kept[1] != stored._version)
         ):
-            kept = (stored, stored._version, make())
-            self._derived[key] = kept
+            kept = self._derived[key] = (stored, stored._version, make(self))
         return kept[2]
 
     def can_hold(self, indices: Tensor) -> bool:
@@ -94,14 +91,8 @@ class SparseDelta(nn.Module):
         Raises:
             ValueError: if it is no support of a parameter of this shape.
         """
-
-        def check(indices: Tensor) -> Tensor:
-            check_support(indices, self.shape.numel(), "parameter")
-            if len(indices) != len(self.values):
-                raise ValueError(f"a sparse delta has {len(indices)} indices but {len(self.values)} values.")
-            return indices
-
-        return self.derive("checked", check)
+        found: Tensor = self.derive("checked", _checked)
+        return found
 
     # Accelerate shards a model (FSDP2) by moving it to the meta device and loading the parameters of the first process.
     # Every process knows the support, and keeps it.
@@ -138,6 +129,13 @@ class SparseDelta(nn.Module):
         return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"
 
 
+def _checked(delta: SparseDelta) -> Tensor:
+    check_support(delta.indices, delta.shape.numel(), "parameter")
+    if len(delta.indices) != len(delta.values):
+        raise ValueError(f"a sparse delta has {len(delta.indices)} indices but {len(delta.values)} values.")
+    return delta.indices
+
+
 class CodedDelta(SparseDelta):
     """A delta that holds its support as a file does: for loaders that fill a model's tensors from a file by name.
 
@@ -158,14 +156,15 @@ class CodedDelta(SparseDelta):
     @property
     def indices(self) -> Tensor:  # type: ignore[override]
         """The support, decoded."""
-
-        def of_code() -> Tensor:
-            if self.support.is_meta or not self.support.any():
-                return torch.full((len(self.values),), -1, device=self.support.device)
-            return decode(self.support, len(self.values), self.shape.numel(), "parameter")
-
-        return self._keep("indices", of_code)
+        found: Tensor = self.derive("indices", _decoded)
+        return found
 
     def can_hold(self, indices: Tensor) -> bool:
         """Never: what is chosen or read here is held as it is."""
         return False
+
+
+def _decoded(delta: CodedDelta) -> Tensor:
+    if delta.support.is_meta or not delta.support.any():
+        return torch.full((len(delta.values),), -1, device=delta.support.device)
+    return decode(delta.support, len(delta.values), delta.shape.numel(), "parameter")

@@ -40,14 +40,14 @@ class Rows(NamedTuple):
 def rows_of(delta: SparseDelta) -> Rows:
     """The entries of `delta`, a change of a (vocabulary × width) matrix, by rows; made once per support."""
 
-    def make(indices: Tensor) -> Rows:
-        row, column = indices // delta.shape[1], indices % delta.shape[1]
-        starts = torch.searchsorted(row, torch.arange(delta.shape[0] + 1, device=row.device))
-        return Rows(starts, column, int(starts.diff().max()))
-
-    delta.checked_indices()
-    rows: Rows = delta.derive("rows", make)
+    rows: Rows = delta.derive("rows", _make_rows)
     return rows
+
+
+def _make_rows(delta: SparseDelta) -> Rows:
+    indices, (height, width) = delta.checked_indices(), delta.shape
+    starts = torch.searchsorted(indices // width, torch.arange(height + 1, device=indices.device))
+    return Rows(starts, indices % width, int(starts.diff().max()))
 
 
 def sparse_embedding(ids: Tensor, weight: Tensor, deltas: Sequence[SparseDelta], padding: int | None) -> Tensor:

@@ -97,10 +97,9 @@ class SamLayer(nn.Module, BaseTunerLayer):
 
     def deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
-        if adapter_name not in self.sam_sparse_delta:
-            return {}
-        found = self.sam_sparse_delta[adapter_name].items()  # type: ignore[operator]
-        return {key.replace(SEPARATOR, "."): delta for key, delta in found}
+        # every forward pass comes by here: nn.ModuleDict's own look-up would take most of the time
+        found: Any = self.sam_sparse_delta._modules.get(adapter_name)
+        return {} if found is None else {key.replace(SEPARATOR, "."): of for key, of in found._modules.items()}
 
     def set_support(
         self, adapter_name: str, supports: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None

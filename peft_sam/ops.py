@@ -50,9 +50,9 @@ def sparse_linear(
     with Δ are added (`way_to_multiply`). Gradients: dx in the same way; of each Δ's values (dyᵀ x) at its support,
     in the form of its plan. Only what that form needs of x is saved. Under autocast the products are in its dtype.
     """
-    places = (*(delta.indices for delta in deltas), *(delta.checked_indices() for delta in bias_deltas))
-    values = (*(delta.values for delta in deltas), *(delta.values for delta in bias_deltas))
-    plans = tuple(plan_linear(delta, transposed) for delta in deltas)
+    every = (*deltas, *bias_deltas)
+    places, values = [delta.checked_indices() for delta in every], [delta.values for delta in every]
+    plans = [plan_linear(delta, transposed) for delta in deltas]
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
@@ -72,8 +72,8 @@ class _SparseLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        plans: tuple[Plan, ...],
-        places: tuple[Tensor, ...],
+        plans: Sequence[Plan],
+        places: Sequence[Tensor],
         *values: Tensor,
     ) -> Tensor:
         tokens, number = x.flatten(0, -2), len(plans)
