@@ -101,7 +101,7 @@ def register(
     config_cls: type,
     model_cls: Any,
     layer_cls: type,
-    complete_card: Callable[[Any, Path], None],
+    complete_card: Callable[[Any, str, Path], None],
     other_base: type[Warning],
 ) -> None:
     """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, the text of the model card, and files.
@@ -154,8 +154,10 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
     peft.mixed_model.MixedModel = MixedModel
 
 
-def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None]) -> None:
+def _register_card(config_cls: type, complete_card: Callable[[Any, str, Path], None]) -> None:
     """Have PEFT's model card say what a sparse adapter is, also when `push_to_hub` writes a card of its own.
+
+    Of several sparse adapters the card describes "default", which PEFT saves beside it, or else the first.
 
     `push_to_hub` saves the adapter, then overwrites its card with an empty template; the card is written once
     more before the upload.
@@ -164,9 +166,9 @@ def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None])
     @functools.wraps(_write_plain_card)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         _write_plain_card(self, output_dir)
-        for config in self.peft_config.values():
-            if isinstance(config, config_cls):
-                complete_card(config, Path(output_dir) / "README.md")
+        names = [name for name, config in self.peft_config.items() if isinstance(config, config_cls)]
+        if names:
+            complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
 
     def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(config, config_cls) for config in self.peft_config.values()):

@@ -91,6 +91,10 @@ class SamLayer(nn.Module, BaseTunerLayer):
         """The parameters that deltas can change, by name relative to the innermost base layer."""
         return own_parameters(self.get_base_layer())
 
+    def is_shared(self, name: str) -> bool:
+        """Whether other layers own parameter `name`, too."""
+        return name in self._tied or any(here == name for _, _, here in self._followers)
+
     def deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
         # every forward pass comes by here: nn.ModuleDict's own look-up would take most of the time

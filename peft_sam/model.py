@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft_sam.arithmetic import Combined, check_combination
+from peft_sam.arithmetic import Combined, check_combination, combine_heads
 from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support
 from peft_sam.checkpoint import check_others, modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
@@ -153,7 +153,7 @@ class SamModel(BaseTuner):
 
         "linear" is Σ weight · Δ, so negative weights subtract; "ties", "dare_linear", "dare_ties" and
         "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
-        The new adapter is not active.
+        Heads (`modules_to_save`) are combined by what each changed. The new adapter is not active.
 
         Raises:
             PendingAdapterError: if an adapter has no support yet.
@@ -165,15 +165,18 @@ class SamModel(BaseTuner):
         for name in adapters:
             if not self.sparse_deltas(name):
                 raise PendingAdapterError(name, "combined")
-        how = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
+        how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
         combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
         config = copy.copy(self.peft_config[adapters[0]])
         config.target_modules = list(combined.parts)
         config.exclude_modules = config.layers_to_transform = None
+        heads = {head for name in adapters for head in self.peft_config[name].modules_to_save or ()}
+        config.modules_to_save = sorted(heads) or None
         config.record(combined.summary(), {})
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         combined.put(adapter_name)
+        combine_heads(self.model, adapters, adapter_name, combination_type, **how)
         kept = fingerprints(sam_layers(self.model), adapter_name)
         self.peft_config[adapter_name].record(combined.summary(), kept)
 

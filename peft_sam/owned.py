@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -76,6 +77,13 @@ def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
         linear: Any = module
         shape, dtype = torch.Size((linear.out_features, linear.in_features)), torch.float32
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def head_of(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:
+    """The module that an adapter trains in place of the wrapped one, or the wrapped one if it does not."""
+    own = adapter_name in wrapper.modules_to_save
+    head: nn.Module = wrapper.modules_to_save[adapter_name] if own else wrapper.original_module
+    return head
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -46,7 +46,21 @@ ADAPTING = [
     "arithmetic",
     "model",
 ]
-STAIRS = ["card", "report", "batches", "twin", "passes", "selector", "__init__"]
+STAIRS = [
+    "report",
+    "card",
+    "batches",
+    "twin",
+    "passes",
+    "selector",
+    "parts",
+    "stock_sparse",
+    "low_rank",
+    "base_files",
+    "checkpoint_patch",
+    "export",
+    "__init__",
+]
 
 
 def imports(name: str) -> set[str]:
