@@ -10,7 +10,8 @@ from benchmarks.common import RESULTS
 from benchmarks.paper.methods import METHODS, parse
 from benchmarks.paper.models import pooling_of
 from benchmarks.paper.run import Run
-from benchmarks.paper.runs import plan, work_in_processes
+from benchmarks.paper.runs import plan, read, work_in_processes
+from benchmarks.paper.table import report
 from benchmarks.paper.tasks import TASKS
 
 
@@ -18,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
     """All commands and options."""
     main = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
     commands = main.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="do runs; those that are done are skipped")
-    add = run.add_argument
+    runs = commands.add_parser("run", help="do runs; those that are done are skipped")
+    add = runs.add_argument
     add("--source", help='folder with <task>/train.jsonl, val.jsonl and test.jsonl, or "hub"', required=True)
     add("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     add("--model", default="minilm", help="minilm, or a model's folder or Hub name")
@@ -45,6 +46,8 @@ def parser() -> argparse.ArgumentParser:
     add("--curve", action="store_true", help="record the loss of each step")
     add("--jobs", type=int, default=1, help="processes")
     add("--threads", type=int, default=1, help="of each process")
+    table = commands.add_parser("table", help="Markdown tables of the results")
+    table.add_argument("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     return main
 
 
@@ -93,6 +96,14 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 def main() -> int:
     """Do what the command line says; returns the exit status."""
     args = parser().parse_args()
+    if args.command == "table":
+        print(report(read(args.out).values()))
+        return 0
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do all runs; returns the exit status."""
     grid_seed = args.seeds[0] if args.grid_seed is None else args.grid_seed
     searches = plan(runs_of(args), args.seeds, args.lrs, grid_seed)
     failed = work_in_processes(searches, args.out, args.source, args.jobs, args.threads, args.curve)

@@ -1,0 +1,218 @@
+"""The paper's runner: whole runs of a few steps, and who does which."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.paper import runs as many
+from benchmarks.paper.__main__ import parser, per_task, runs_of
+from benchmarks.paper.methods import METHODS, parse
+from benchmarks.paper.models import build
+from benchmarks.paper.run import Run, execute
+from benchmarks.paper.runs import Search, append, plan, read, work
+from benchmarks.paper.tasks import TASKS, encoded_task
+from tests.paper_data import write_model, write_tasks
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def run(model: str) -> Callable[..., Run]:
+    def make(**options: Any) -> Run:
+        given = {"task": "rte", "method": "sam", "seed": 0, "lr": 1e-2, "steps": 4, "eval_every": 2, "density": 0.02}
+        return Run(model=model, **{**given, **options})
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of SHiRA's sparse tensors
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_trains_what_it_says_and_the_head(
+    method: str, run: Callable[..., Run], data: str, model: str
+) -> None:
+    line = execute(run(method=method), data)
+    encoder = build(model, encoded_task("rte", data, model, 128), "first", 0).body
+    weights = sum(p.numel() for p in encoder.parameters())
+    linear = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear)]
+    entries = sum(p.numel() for m in linear for p in m.parameters())
+    wanted = {
+        "full": weights,
+        "head": 0,
+        "bitfit": sum(p.numel() for n, p in encoder.named_parameters() if n.endswith("bias")),
+        "lora": 8 * sum(m.in_features + m.out_features for m in linear),
+        "shira": sum(m.in_features + m.out_features for m in linear),  # the smallest rank is 1
+    }
+    exact = wanted.get(method, math.floor(0.02 * entries))
+    if method == "sam_tensor":
+        exact = sum(math.floor(0.02 * p.numel()) for m in linear for p in m.parameters())
+    if method == "supertuning":
+        assert abs(line["trained"] - exact) <= len(linear)
+    elif method == "ia3":
+        assert 0 < line["trained"] < entries
+    else:
+        assert line["trained"] == exact
+    assert line["steps"] == 4
+    assert [step for step, *_ in line["history"]] == [2, 4]
+    assert (line["stored_bytes"] > 0) == (line["trained"] > 0)
+    assert line["peak_bytes"] > 0
+    json.dumps(line)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_learned_from_and_measured_by_its_metric(task: str, run: Callable[..., Run], data: str) -> None:
+    line = execute(run(task=task), data, curve=True)
+    metric = {"cola": "matthews", "stsb": "correlation", "mrpc": "accuracy_and_f1"}.get(task, "accuracy")
+    assert [next(iter(line[split])) for split in ("val", "test", "train")] == [metric] * 3
+    assert line["rows"] == {"train": 20, "val": 6, "test": 7}
+    assert len(line["curve"]) == 4
+
+
+def test_a_run_repeats_itself(run: Callable[..., Run], data: str) -> None:
+    first, second = (execute(run(method="random", drop=0.1), data, curve=True) for _ in range(2))
+    assert first["curve"] == second["curve"]
+    assert first["history"] == second["history"]
+    assert first["rows"]["train"] == 18
+
+
+def test_the_key_is_of_the_whole_configuration(run: Callable[..., Run]) -> None:
+    one = run()
+    others = [run(seed=1), run(lr=2e-2), run(method="sam:budget=tensor"), run(drop=0.1), run(precision="bf16")]
+    assert len({r.key for r in [one, *others]}) == 6
+    assert run().key == one.key
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_best_model(run: Callable[..., Run], data: str) -> None:
+    line = execute(run(method="full", lr=1e30, steps=8), data)
+    assert line["stopped"] == "diverged"
+    assert line["steps"] < 8
+    assert all(math.isfinite(value) for value in line["test"].values())
+
+
+def test_a_warmed_head_is_kept(run: Callable[..., Run], data: str) -> None:
+    options = {"task": "stsb", "steps": 1, "batch": 20}
+    warm_up = ":head_warmup=30,head_warmup_lr=0.1"
+    cold, warm = (execute(run(method=f"random{text}", **options), data, curve=True) for text in ("", warm_up))
+    assert warm["curve"][0] < cold["curve"][0] - 1  # the mean of the labels is learned at once
+
+
+def test_a_method_is_written_with_its_options_in_one_way() -> None:
+    spec = parse("sam:train_mode=True,density=0.01,budget=tensor,head_warmup=5")
+    assert spec.text == "sam:budget=tensor,density=0.01,head_warmup=5,train_mode=true"
+    assert parse(spec.text) == spec
+    assert spec.of_the_run == {"density": 0.01, "head_warmup": 5}
+    for wrong in ("lora:rank=3", "sam:budget", "nothing"):
+        with pytest.raises(ValueError, match="Expected"):
+            parse(wrong)
+
+
+def line_of(run: Run, val: float, test: float, loss: float = 1.0) -> dict[str, Any]:
+    return {
+        "key": run.key,
+        "config": {"model": run.model, "task": run.task},
+        "val": {"accuracy": val},
+        "test": {"accuracy": test},
+        "loss": {"val": loss},
+        "seconds": {"all": 1.0},
+    }
+
+
+def test_the_learning_rate_is_chosen_on_validation_alone_and_used_for_the_other_seeds(
+    run: Callable[..., Run],
+) -> None:
+    (search,) = plan([run()], seeds=[3, 4, 5], lrs=[0.1, 0.2, 0.3], grid_seed=3)
+    assert [(r.seed, r.lr) for r in search.open({})] == [(3, 0.1), (3, 0.2), (3, 0.3)]
+    scores = [(0.5, 1.0, 1.0), (0.7, 0.1, 2.0), (0.7, 0.2, 1.5)]
+    lines = {r.key: line_of(r, *score) for r, score in zip(search.grid, scores, strict=True)}
+    two = dict(list(lines.items())[:2])
+    assert [r.lr for r in search.open(two)] == [0.3]
+    assert search.left(two) == 3
+    assert [(r.seed, r.lr) for r in search.open(lines)] == [(4, 0.3), (5, 0.3)]
+
+
+def test_finished_runs_are_skipped_and_a_half_line_is_not_one(
+    run: Callable[..., Run], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches = plan([run(method="head")], seeds=[0, 1], lrs=[1e-2, 1e-3], grid_seed=0)
+    append(tmp_path, line_of(searches[0].grid[0], 0.5, 0.5))
+    (file,) = tmp_path.glob("*.jsonl")
+    file.write_text(file.read_text() + '{"key": "half')
+    assert len(read(tmp_path)) == 1
+    done: list[Run] = []
+
+    def pretend(run: Run, source: str, curve: bool) -> dict[str, Any]:
+        done.append(run)
+        return line_of(run, 0.1, 0.1)
+
+    monkeypatch.setattr("benchmarks.paper.run.execute", pretend)
+    assert work(searches, tmp_path, data, threads=1, curve=False) == 0
+    assert [(r.seed, r.lr) for r in done] == [(0, 1e-3), (1, 1e-2)]
+    assert len(read(tmp_path)) == 3
+    assert work(searches, tmp_path, data, threads=1, curve=False) == 0
+    assert len(done) == 2
+
+
+def test_a_run_that_somebody_else_has_is_not_done_twice(
+    run: Callable[..., Run], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (search,) = plan([run()], seeds=[0], lrs=[1e-2, 1e-3], grid_seed=0)
+    mine, theirs = search.grid
+    lock = many.FileLock(many._locks(tmp_path) / f"{theirs.key}.lock")
+    lock.acquire()
+    done: list[Run] = []
+
+    def pretend(run: Run, source: str, curve: bool) -> dict[str, Any]:
+        done.append(run)
+        return line_of(run, 0.1, 0.1)
+
+    def others_finish(seconds: float) -> None:
+        append(tmp_path, line_of(theirs, 0.2, 0.2))
+        lock.release()
+
+    monkeypatch.setattr("benchmarks.paper.run.execute", pretend)
+    monkeypatch.setattr(many.time, "sleep", others_finish)
+    assert work([search], tmp_path, data, threads=1, curve=False) == 0
+    assert done == [mine]
+
+
+def test_a_failing_run_is_told_and_the_others_are_done(
+    run: Callable[..., Run], data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    searches = plan([run(), run(method="head")], seeds=[0], lrs=[1e-2], grid_seed=0)
+
+    def pretend(run: Run, source: str, curve: bool) -> dict[str, Any]:
+        if run.method == "sam":
+            raise RuntimeError("out of luck")
+        return line_of(run, 0.1, 0.1)
+
+    monkeypatch.setattr("benchmarks.paper.run.execute", pretend)
+    assert work(searches, tmp_path, data, threads=1, curve=False) == 1
+    assert "out of luck" in capsys.readouterr().out
+    assert list(read(tmp_path)) == [searches[1].grid[0].key]
+
+
+def test_the_command_line_makes_a_run_for_each_task_and_method(model: str) -> None:
+    text = f"run --source x --model {model} --tasks cb rte --methods sam lora:r=1 --max-steps 200 cb=100".split()
+    found = runs_of(parser().parse_args(text))
+    assert [(r.task, r.method, r.steps) for r in found] == [
+        ("cb", "sam", 100), ("cb", "lora:r=1", 100), ("rte", "sam", 200), ("rte", "lora:r=1", 200),
+    ]  # fmt: skip
+    assert found[0].pooling == "first"
+    assert Search((replace(found[0], lr=0.1),), ()).open({}) == [replace(found[0], lr=0.1)]
+    with pytest.raises(ValueError, match="no number for rte"):
+        per_task(["cb=1"], "rte")
