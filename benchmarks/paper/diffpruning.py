@@ -140,13 +140,13 @@ class DiffPruning(Method):
         elif step < self.last_of_burn_in and self.project_every and (step + 1) % self.project_every == 0:
             self._project(model, fix=False)
 
-    def settled(self, step: int) -> bool:
-        """From the end of the burn-in on."""
-        return step >= self.last_of_burn_in
+    def settled(self, model: nn.Module, step: int) -> bool:
+        """Whether the mask is fixed."""
+        return all(gated.fixed for gated in _gated(model).values())
 
     def finish(self, model: nn.Module) -> None:
         """Fix the mask if training ended before the burn-in did."""
-        if not all(gated.fixed for gated in _gated(model).values()):
+        if not self.settled(model, self.last_of_burn_in):
             self._project(model, fix=True)
 
     def trained(self, model: nn.Module, setup: Setup) -> int:

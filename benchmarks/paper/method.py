@@ -58,15 +58,12 @@ class Method:
     def after_step(self, model: nn.Module, step: int) -> None:
         """After the optimizer's step: parameters may be changed."""
 
-    def settled(self, step: int) -> bool:
-        """Whether the model after this step is of the kind that the method ends with.
-
-        Only such models may be kept for their validation result; a method that prunes late has larger ones before.
-        """
-        return True
-
     def finish(self, model: nn.Module) -> None:
         """After the last step, before the last evaluation."""
+
+    def settled(self, model: nn.Module, step: int) -> bool:
+        """Whether the model after so many steps is what the method would hand over; only then may it be the best."""
+        return True
 
     def trained(self, model: nn.Module, setup: Setup) -> int:
         """How many entries outside the head differ, or may differ, from the pretrained model."""
@@ -77,8 +74,19 @@ class Method:
         raise NotImplementedError
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter of a model wrapped by PEFT has in the model itself."""
+    return name.removeprefix("base_model.model.")
+
+
 def named_head(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the head, by name."""
+    """The parameters of the head, by name; of a model as it was built or wrapped by PEFT."""
     for name, parameter in model.named_parameters():
-        if any(name.startswith(f"{module}.") for module in setup.head):
+        if any(plain_name(name).startswith(f"{module}.") for module in setup.head):
             yield name, parameter
+
+
+def named_rest(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters outside the head, by name."""
+    head = {id(parameter) for _, parameter in named_head(model, setup)}
+    return ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in head)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.paper.masked import candidates
-from benchmarks.paper.method import Method, Setup, named_head
+from benchmarks.paper.method import Method, Setup, named_rest
 
 
 class Mixed(nn.Module):
@@ -63,9 +63,8 @@ class Mixout(Method):
 
     def trained(self, model: nn.Module, setup: Setup) -> int:
         """All of the model but the head."""
-        return sum(p.numel() for p in model.parameters()) - sum(p.numel() for _, p in named_head(model, setup))
+        return sum(parameter.numel() for _, parameter in named_rest(model, setup))
 
     def stored_bytes(self, model: nn.Module, setup: Setup) -> int:
         """A whole model."""
-        head = {id(parameter) for _, parameter in named_head(model, setup)}
-        return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in head)
+        return sum(parameter.numel() * parameter.element_size() for _, parameter in named_rest(model, setup))
