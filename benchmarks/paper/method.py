@@ -34,8 +34,8 @@ class Method:
     """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.paper.loop`).
 
     The loop computes `model(**batch).loss`, adds `penalty`, runs backward, calls `after_backward`, clips gradients,
-    steps the optimizer over `groups`, and calls `after_step`. Before every evaluation it enters nothing: a method whose
-    model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
+    steps the optimizer over `groups`, and calls `after_step`. Steps count from 0. Before every evaluation it enters
+    nothing: a method whose model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
     """
 
     name: ClassVar[str]
