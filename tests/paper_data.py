@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import ClassLabel, Dataset, DatasetDict
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 WORDS = ("a", "the", "cat", "dog", "sat", "ran", "on", "under", "mat", "did", "not", "because", "it", "was", "big")
@@ -44,6 +45,7 @@ def row(task: str, rng: random.Random, number: int) -> dict[str, Any]:
     if task == "wsc":
         words = text().split()
         target = {"span1_index": 1, "span1_text": " ".join(words[1:3]), "span2_index": 3, "span2_text": words[3]}
+        words[0], words[2] = f"{words[0]}.", f"{words[2]}."  # words of more than one token, before and in a span
         return {"text": " ".join(words), "target": target, "label": number % 2 == 0}
     if task == "cb":
         label = ["entailment", "contradiction", "neutral"][number % 3]
@@ -63,3 +65,40 @@ def write_tasks(folder: Path) -> str:
             lines = [json.dumps(row(task, rng, number)) for number in range(size)]
             (folder / task / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
     return str(folder)
+
+
+# Task → the Hub's dataset, its names of the folder's columns, and its classes in their order.
+HUB: dict[str, tuple[tuple[str, str], dict[str, str], list[str]]] = {
+    "cola": (("nyu-mll/glue", "cola"), {"text": "sentence"}, ["unacceptable", "acceptable"]),
+    "stsb": (("nyu-mll/glue", "stsb"), {"text_a": "sentence1", "text_b": "sentence2"}, []),
+    "mrpc": (("nyu-mll/glue", "mrpc"), {"text_a": "sentence1", "text_b": "sentence2"}, ["no", "yes"]),
+    "rte": (
+        ("nyu-mll/glue", "rte"),
+        {"premise": "sentence1", "hypothesis": "sentence2"},
+        ["entailment", "not_entailment"],
+    ),
+    "cb": (("aps/super_glue", "cb"), {}, ["entailment", "contradiction", "neutral"]),
+    "copa": (("aps/super_glue", "copa"), {}, ["choice1", "choice2"]),
+    "wsc": (("aps/super_glue", "wsc.fixed"), {}, ["False", "True"]),
+}
+
+
+def hub_splits(task: str, folder: str) -> DatasetDict:
+    """The rows of a folder as the Hub has them: what is held out there is in train here, and test has no labels."""
+    _, columns, classes = HUB[task]
+
+    def convert(split: str) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in Path(folder, task, f"{split}.jsonl").read_text().splitlines()]
+        found = []
+        for number, row in enumerate(rows):
+            label = row.pop("label")
+            if classes:
+                label = classes.index(label) if label in classes else int(label)
+            flat = {**row.pop("target", {}), **row}
+            found.append({**{columns.get(k, k): v for k, v in flat.items()}, "idx": number, "label": label})
+        return found
+
+    splits = {"train": convert("train") + convert("val"), "validation": convert("test")}
+    splits["test"] = [{**row, "label": -1} for row in splits["validation"]]
+    made = DatasetDict({name: Dataset.from_list(rows) for name, rows in splits.items()})
+    return made.cast_column("label", ClassLabel(names=classes)) if classes else made

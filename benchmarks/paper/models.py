@@ -4,14 +4,16 @@ The head is freshly initialised and trained densely by every method; nothing els
 for all encoders, so that results differ by what is done to the encoder:
 
 * texts: dropout, a dense layer as wide as the encoder, tanh, dropout, a linear layer to the classes, on one vector of
-  the text. This is transformers' and jiant's head of RoBERTa, whose vector is the first token's last hidden state.
-  Sentence models such as MiniLM (the default) were trained on the mean over tokens; BERT's pooler, which their files
-  still carry, was not trained with them. So where the model's folder says that it pools by the mean
-  (`1_Pooling/config.json`), the vector is the mean; and a pooler is left out, as it would be one more pretrained layer
-  in some models and none in others.
-* choices: the same head with one output, for each choice; cross-entropy over the choices.
-* spans: the vectors of both spans, a self-attentive mean of their tokens' last hidden states (Lee et al. 2017), one
-  after the other, dropout, a linear layer to the classes, as in jiant.
+  the text. This is transformers' head of RoBERTa, whose vector is the first token's last hidden state; jiant puts it
+  on the encoder's pooler. Sentence models such as MiniLM (the default) were trained on the mean over tokens; BERT's
+  pooler, which their files still carry, was not trained with them. So where the model's folder says that it pools by
+  the mean (`1_Pooling/config.json`), the vector is the mean; and a pooler is left out, as it would be one more
+  pretrained layer in some models and none in others.
+* choices: the same head with one output, for each choice; cross-entropy over the choices, as in jiant.
+* spans: the vectors of both spans, one after the other, dropout, a linear layer to the classes. The vector of a span is
+  the mean of its tokens' last hidden states h weighted by the softmax of w·h + b within the span. This is jiant's
+  `SpanComparisonHead` (github.com/nyu-mll/jiant, jiant/proj/main/modeling/heads.py) with AllenNLP's
+  `SelfAttentiveSpanExtractor` (the head finding of Lee et al. 2017, arXiv 1707.07045).
 """
 
 from __future__ import annotations
