@@ -4,23 +4,45 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.paper.methods import METHODS, parse
 from benchmarks.paper.models import pooling_of
-from benchmarks.paper.run import Run
+from benchmarks.paper.plots import draw
+from benchmarks.paper.run import Run, execute
 from benchmarks.paper.runs import plan, read, work_in_processes
 from benchmarks.paper.table import report
 from benchmarks.paper.tasks import TASKS
 
+# Other defaults by name. "paper": what the paper says, and for the rest its authors' scripts/train.sh
+# (github.com/fuzihaofzh/AnalyzeParameterEfficientFinetune): validated every 500 steps, texts of 256 tokens, every
+# parameter of the encoder a candidate; 40 validations without a better one would end a run, which they do at 20,000.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "model": "roberta-base",
+        "lrs": [1e-4],
+        "batch": 16,
+        "density": 0.005,
+        "candidates": "all",
+        "max_steps": ["20000"],
+        "eval_every": ["500"],
+        "patience": 40,
+        "max_length": 256,
+    }
+}
 
-def parser() -> argparse.ArgumentParser:
-    """All commands and options."""
+
+def parser(preset: str | None = None) -> argparse.ArgumentParser:
+    """All commands and options, with a preset's defaults."""
     main = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
     commands = main.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="do runs; those that are done are skipped")
     add = runs.add_argument
+    add("--preset", choices=PRESETS, help="other defaults: roberta-base and the paper's hyper-parameters")
     add("--source", help='folder with <task>/train.jsonl, val.jsonl and test.jsonl, or "hub"', required=True)
     add("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     add("--model", default="minilm", help="minilm, or a model's folder or Hub name")
@@ -46,9 +68,20 @@ def parser() -> argparse.ArgumentParser:
     add("--curve", action="store_true", help="record the loss of each step")
     add("--jobs", type=int, default=1, help="processes")
     add("--threads", type=int, default=1, help="of each process")
+    runs.set_defaults(**PRESETS[preset] if preset else {})
     table = commands.add_parser("table", help="Markdown tables of the results")
-    table.add_argument("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
+    table.add_argument("--split", choices=["test", "val"], default="test", help="val: to choose settings by")
+    plots = commands.add_parser("plots", help="figures of the results")
+    plots.add_argument("--to", type=Path, default=RESULTS / "paper", help="folder of the figures")
+    for command in (table, plots):
+        command.add_argument("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     return main
+
+
+def arguments(texts: Sequence[str] | None = None) -> argparse.Namespace:
+    """What the command line says; what it says itself goes before what its preset says."""
+    preset = getattr(parser().parse_args(texts), "preset", None)
+    return parser(preset).parse_args(texts)
 
 
 def per_task(values: list[str], task: str) -> int:
@@ -95,21 +128,31 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
 
 def main() -> int:
     """Do what the command line says; returns the exit status."""
-    args = parser().parse_args()
+    args = arguments()
+    if args.command == "run":
+        return run(args)
+    lines = list(read(args.out).values())
     if args.command == "table":
-        print(report(read(args.out).values()))
-        return 0
-    return run(args)
+        print(report(lines, args.split))
+    else:
+        for path in draw(lines, args.to):
+            print(f"drawn: {path}")
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
     """Do all runs; returns the exit status."""
     grid_seed = args.seeds[0] if args.grid_seed is None else args.grid_seed
     searches = plan(runs_of(args), args.seeds, args.lrs, grid_seed)
-    failed = work_in_processes(searches, args.out, args.source, args.jobs, args.threads, args.curve)
-    if failed:
-        print(f"{failed} runs failed", file=sys.stderr)
-    return int(failed > 0)
+    do = partial(execute, source=args.source, curve=args.curve)
+    try:
+        left = work_in_processes(searches, args.out, do, args.jobs, args.threads, args.curve)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if left:
+        print(f"{left} runs are not done, because of the errors above", file=sys.stderr)
+    return int(left > 0)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,10 @@ def train(
             break
     best.restore(model)
     method.finish(model)
+    if not found.best and found.stopped != "diverged":  # the time was up before the method had settled
+        with _timed(found, device):
+            found.best, found.best_loss = validate(model)
+        found.best_step = found.steps
     found.training = time.perf_counter() - start - found.evaluation
     return found
 

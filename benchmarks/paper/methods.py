@@ -9,19 +9,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.paper.childtuning import ChildTuning
+from benchmarks.paper.diffpruning import DiffPruning
+from benchmarks.paper.houlsby import HoulsbyAdapter
 from benchmarks.paper.method import Method
 from benchmarks.paper.methods_dense import Full, HeadOnly
 from benchmarks.paper.methods_peft import Ia3, Lora, Shira, Supertuning
 from benchmarks.paper.methods_sam import BitFit, Sparse
+from benchmarks.paper.mixout import Mixout
 
 # A new method is one row.
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
     "head": HeadOnly,
     "random": partial(Sparse, score="random"),
+    "mixout": Mixout,
     "bitfit": BitFit,
     "magnitude": partial(Sparse, score="magnitude"),
+    "houlsby": HoulsbyAdapter,
     "lora": Lora,
+    "diffpruning": DiffPruning,
+    "childtuning": ChildTuning,
+    "childpruning": partial(ChildTuning, every=600),
     "sam": Sparse,
     "sam_tensor": partial(Sparse, budget="tensor"),
     "sam_curvature": partial(Sparse, score="sam_curvature"),

@@ -14,17 +14,20 @@ import signal
 import statistics
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from benchmarks.paper.run import Run
+if TYPE_CHECKING:
+    from benchmarks.paper.run import Run
 
 Lines = Mapping[str, dict[str, Any]]
+Execute = Callable[["Run"], dict[str, Any]]
 # Seconds between looks at what other processes have done.
 LOOK = 2.0
 
@@ -72,8 +75,12 @@ def plan(runs: Iterable[Run], seeds: Sequence[int], lrs: Sequence[float], grid_s
     return [Search(tuple(replace(run, seed=grid_seed, lr=lr) for lr in lrs), others) for run in runs]
 
 
-def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """All lines in a folder, by key; a line that a dying process left half is not one."""
+def read(folder: Path, curve: bool = False) -> dict[str, dict[str, Any]]:
+    """All lines in a folder, by key, the later of two; a line that a dying process left half is not one.
+
+    Args:
+        curve: only those that have the loss of each step.
+    """
     lines = {}
     for file in sorted(folder.glob("*.jsonl")):
         for text in file.read_text(encoding="utf-8").splitlines():
@@ -81,7 +88,8 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
                 line = json.loads(text)
             except json.JSONDecodeError:
                 continue
-            lines[line["key"]] = line
+            if "curve" in line or not curve:
+                lines[line["key"]] = line
     return lines
 
 
@@ -110,33 +118,33 @@ def _locks(folder: Path) -> Path:
     return place
 
 
-def work(searches: Sequence[Search], folder: Path, source: str, threads: int, curve: bool) -> int:
-    """Do runs until none is left that this process could do; returns how many failed."""
-    import torch
+def work(searches: Sequence[Search], folder: Path, execute: Execute, curve: bool = False) -> int:
+    """Do runs until none is left that this process could do; returns how many failed.
 
-    from benchmarks.paper.run import execute
-
-    torch.set_num_threads(threads)
+    Args:
+        execute: carries out a run and returns its line.
+        curve: a run whose line has no losses of each step is not done.
+    """
     failed: set[str] = set()
     while True:
-        lines = read(folder)
+        lines = read(folder, curve)
         ready = [run for search in searches for run in search.open(lines) if run.key not in failed]
-        taken = next((run for run in ready if _do(run, folder, source, curve, execute, failed)), None)
+        taken = next((run for run in ready if _do(run, folder, execute, curve, failed)), None)
         if taken is None:
             if not ready and (failed or not any(search.left(lines) for search in searches)):
                 return len(failed)
             time.sleep(LOOK)
 
 
-def _do(run: Run, folder: Path, source: str, curve: bool, execute: Any, failed: set[str]) -> bool:
+def _do(run: Run, folder: Path, execute: Execute, curve: bool, failed: set[str]) -> bool:
     """Carry out a run unless somebody else has it; whether it was carried out."""
     lock = FileLock(_locks(folder) / f"{run.key}.lock", timeout=0)
     try:
         with lock:
-            if run.key in read(folder):
+            if run.key in read(folder, curve):
                 return True  # meanwhile somebody else has done it
             try:
-                append(folder, execute(run, source, curve))
+                append(folder, execute(run))
             except Exception:
                 failed.add(run.key)
                 tqdm.write(f"failed: {run}\n{traceback.format_exc()}")
@@ -145,47 +153,54 @@ def _do(run: Run, folder: Path, source: str, curve: bool, execute: Any, failed: 
         return False
 
 
-def _worker(*args: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    raise SystemExit(min(work(*args), 100))
-
-
 def work_in_processes(
-    searches: Sequence[Search], folder: Path, source: str, jobs: int, threads: int, curve: bool = False
+    searches: Sequence[Search], folder: Path, execute: Execute, jobs: int, threads: int, curve: bool = False
 ) -> int:
-    """Do all runs in so many processes and show the progress; returns how many failed. Ctrl-C ends them all."""
+    """Do all runs in so many processes and show the progress; returns how many are not done, because some failed.
+
+    Ctrl-C ends them all, by a KeyboardInterrupt here.
+    """
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_worker, args=(searches, folder, source, threads, curve), daemon=True)
-        for _ in range(jobs)
+        context.Process(target=work, args=(searches, folder, execute, curve), daemon=True) for _ in range(jobs)
     ]
     total = sum(len(search.grid) + len(search.seeds) for search in searches)
-    left = sum(search.left(read(folder)) for search in searches)
-    for process in processes:
-        process.start()
+
+    def left() -> int:
+        return sum(search.left(read(folder, curve)) for search in searches)
+
     try:
-        with tqdm(total=total, initial=total - left, desc="runs", unit="run", dynamic_ncols=True) as bar:
+        with _deaf_to_ctrl_c():
+            for process in processes:
+                process.start()
+        with tqdm(total=total, initial=total - left(), desc="runs", unit="run", dynamic_ncols=True) as bar:
             while any(process.is_alive() for process in processes):
                 for process in processes:
                     process.join(LOOK / len(processes))
-                show(bar, read(folder), searches)
-            show(bar, read(folder), searches)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here")
+                show(bar, total - left(), read(folder).values())
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
             process.join()
-    return sum(process.exitcode or 0 for process in processes if (process.exitcode or 0) > 0)
+    return left()
 
 
-def show(bar: Any, lines: Lines, searches: Sequence[Search]) -> None:
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes that are started here ignore Ctrl-C, which a terminal sends to all: their parent ends them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show(bar: Any, done: int, lines: Iterable[Mapping[str, Any]]) -> None:
     """Bring the bar up to what is done."""
-    done = bar.total - sum(search.left(lines) for search in searches)
     if done != bar.n:
         bar.update(done - bar.n)
-        mean = statistics.mean(line["seconds"]["all"] for line in lines.values())
+        mean = statistics.mean(line["seconds"]["all"] for line in lines)
         bar.set_postfix_str(f"{mean:.0f} s a run")
