@@ -1,4 +1,4 @@
-"""The paper's runner: whole runs of a few steps, and who does which."""
+"""The paper's runner: whole runs of a few steps, and its command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.paper import runs as many
 from benchmarks.paper.__main__ import PRESETS, arguments, main, per_task, runs_of
 from benchmarks.paper.batches import Batches
 from benchmarks.paper.methods import METHODS, parse
 from benchmarks.paper.models import build
 from benchmarks.paper.run import Run, execute
-from benchmarks.paper.runs import Search, append, plan, read, work
+from benchmarks.paper.runs import Search, append
 from benchmarks.paper.tasks import TASKS, Row, encoded_task
 from tests.paper_data import write_model, write_tasks
 from tests.paper_lines import LINES
@@ -166,100 +165,6 @@ def test_a_method_is_written_with_its_options_in_one_way() -> None:
     for wrong in ("lora:rank=3", "sam:budget", "nothing"):
         with pytest.raises(ValueError, match="Expected"):
             parse(wrong)
-
-
-def line_of(run: Run, val: float, test: float, loss: float = 1.0) -> dict[str, Any]:
-    return {
-        "key": run.key,
-        "config": {"model": run.model, "task": run.task},
-        "val": {"accuracy": val},
-        "test": {"accuracy": test},
-        "loss": {"val": loss},
-        "seconds": {"all": 1.0},
-    }
-
-
-def test_the_learning_rate_is_chosen_on_validation_alone_and_used_for_the_other_seeds(
-    run: Callable[..., Run],
-) -> None:
-    (search,) = plan([run()], seeds=[3, 4, 5], lrs=[0.1, 0.2, 0.3], grid_seed=3)
-    assert [(r.seed, r.lr) for r in search.open({})] == [(3, 0.1), (3, 0.2), (3, 0.3)]
-    scores = [(0.5, 1.0, 1.0), (0.7, 0.1, 2.0), (0.7, 0.2, 1.5)]
-    lines = {r.key: line_of(r, *score) for r, score in zip(search.grid, scores, strict=True)}
-    two = dict(list(lines.items())[:2])
-    assert [r.lr for r in search.open(two)] == [0.3]
-    assert search.left(two) == 3
-    assert [(r.seed, r.lr) for r in search.open(lines)] == [(4, 0.3), (5, 0.3)]
-
-
-def test_finished_runs_are_skipped_and_a_half_line_is_not_one(run: Callable[..., Run], tmp_path: Path) -> None:
-    searches = plan([run(method="head")], seeds=[0, 1], lrs=[1e-2, 1e-3], grid_seed=0)
-    append(tmp_path, line_of(searches[0].grid[0], 0.5, 0.5))
-    (file,) = tmp_path.glob("*.jsonl")
-    file.write_text(file.read_text() + '{"key": "half')
-    assert len(read(tmp_path)) == 1
-    done: list[Run] = []
-
-    def pretend(run: Run) -> dict[str, Any]:
-        done.append(run)
-        return line_of(run, 0.1, 0.1)
-
-    assert work(searches, tmp_path, pretend) == 0
-    assert [(r.seed, r.lr) for r in done] == [(0, 1e-3), (1, 1e-2)]
-    assert len(read(tmp_path)) == 3
-    assert work(searches, tmp_path, pretend) == 0
-    assert len(done) == 2
-
-
-def test_a_run_without_a_curve_is_done_again_where_one_is_asked_for(run: Callable[..., Run], tmp_path: Path) -> None:
-    (search,) = searches = plan([run()], seeds=[0], lrs=[1e-2, 1e-3], grid_seed=0)
-    first, second = search.grid
-    append(tmp_path, line_of(first, 0.5, 0.5))
-    append(tmp_path, {**line_of(second, 0.5, 0.5), "curve": [1.0]})
-    done: list[Run] = []
-
-    def pretend(run: Run) -> dict[str, Any]:
-        done.append(run)
-        return {**line_of(run, 0.1, 0.1), "curve": [2.0]}
-
-    assert work(searches, tmp_path, pretend, curve=True) == 0
-    assert done == [first]
-    assert read(tmp_path)[first.key]["curve"] == [2.0]
-
-
-def test_a_run_that_somebody_else_has_is_not_done_twice(
-    run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (search,) = plan([run()], seeds=[0], lrs=[1e-2, 1e-3], grid_seed=0)
-    mine, theirs = search.grid
-    lock = many.FileLock(many._locks(tmp_path) / f"{theirs.key}.lock")
-    lock.acquire()
-    done: list[Run] = []
-
-    def pretend(run: Run) -> dict[str, Any]:
-        done.append(run)
-        return line_of(run, 0.1, 0.1)
-
-    def others_finish(seconds: float) -> None:
-        append(tmp_path, line_of(theirs, 0.2, 0.2))
-        lock.release()
-
-    monkeypatch.setattr(many.time, "sleep", others_finish)
-    assert work([search], tmp_path, pretend) == 0
-    assert done == [mine]
-
-
-def test_a_failing_run_is_told_and_the_others_are_done(run: Callable[..., Run], tmp_path: Path, capsys: Any) -> None:
-    searches = plan([run(), run(method="head")], seeds=[0], lrs=[1e-2], grid_seed=0)
-
-    def pretend(run: Run) -> dict[str, Any]:
-        if run.method == "sam":
-            raise RuntimeError("out of luck")
-        return line_of(run, 0.1, 0.1)
-
-    assert work(searches, tmp_path, pretend) == 1
-    assert "out of luck" in capsys.readouterr().out
-    assert list(read(tmp_path)) == [searches[1].grid[0].key]
 
 
 def test_the_command_line_makes_a_run_for_each_task_and_method(model: str) -> None:

@@ -46,6 +46,7 @@ def test_a_seed_does_not_count_twice_where_runs_have_two_lengths() -> None:
 def test_equals_share_their_ranks() -> None:
     assert ranks({"a": 1.0, "b": 3.0, "c": 3.0, "d": 2.0}) == {"a": 4, "b": 1.5, "c": 1.5, "d": 3}
     assert ranks({"a": 1.0, "b": 3.0}, largest_first=False) == {"a": 1, "b": 2}
+    assert ranks({"a": 0.1 + 0.2, "b": 0.3}) == {"a": 1.5, "b": 1.5}
 
 
 def test_a_spread_needs_two_seeds_on_every_task() -> None:

@@ -103,6 +103,6 @@ def averages(values: Mapping[tuple[str, str], list[float]]) -> dict[str, tuple[f
 
 
 def ranks(means: Mapping[str, float], largest_first: bool = True) -> dict[str, float]:
-    """1 for the best; equals share the mean of their ranks."""
-    places = rankdata([-value if largest_first else value for value in means.values()])
+    """1 for the best; equals, up to rounding of their sums, share the mean of their ranks."""
+    places = rankdata([round(-value if largest_first else value, 6) for value in means.values()])
     return dict(zip(means, places.tolist(), strict=True))
