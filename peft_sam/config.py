@@ -71,7 +71,9 @@ class SamConfig(PeftConfig):
             "Conv1D is recognised by its type."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the score 'random' and of Hutchinson's probes."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the scores 'random' and 'bias' and of Hutchinson's probes."}
+    )
     curvature: Literal["fisher", "hutchinson"] = field(
         default="fisher",
         metadata={
