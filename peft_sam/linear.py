@@ -55,11 +55,12 @@ class SamLinear(SamLayer):
             plan_linear(delta, self.transposed)
 
     def extra_repr(self) -> str:
-        """How the products of each adapter are computed."""
+        """How the products of each adapter are computed, and PEFT's access to a quantised weight."""
         deltas = {name: self.deltas(name).get("weight") for name in self.sam_sparse_delta}
         plans = [
             f"{name}: {plan_linear(delta, self.transposed)}"
             for name, delta in deltas.items()
             if delta is not None and not delta.pending and not delta.indices.is_meta
         ]
-        return ", ".join(plans)
+        backend = self.quantization_backend
+        return ", ".join(plans if backend is None else [*plans, f"quantization_backend={backend.backend_name!r}"])

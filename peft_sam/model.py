@@ -251,7 +251,7 @@ class SamModel(BaseTuner):
         )
 
     def _wrap(self, parent: nn.Module, name: str, module: nn.Module) -> SamLayer:
-        layer = make_layer(module)
+        layer = make_layer(module, self)
         self._replace_module(parent, name, layer, module)
         return layer
 
