@@ -12,7 +12,7 @@ from peft_sam._peft import BaseTunerLayer
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.ops import sparse_linear
-from peft_sam.owned import is_bare, is_plain
+from peft_sam.owned import is_bare, is_plain, packed_weight
 from peft_sam.plan import plan_linear
 
 
@@ -27,13 +27,15 @@ class SamLinear(SamLayer):
         super().__init__(base_layer)
         # whether the weight is stored as (inputs × outputs)
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
+        # an attribute `weight` of such a layer is not its weight (transformers gives HQQ's an empty one)
+        self.packed = packed_weight(self.get_base_layer()) is not None
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
         weight = getattr(self.get_base_layer() if isinstance(base, BaseTunerLayer) else base, "weight", None)
-        if not is_plain(weight):
+        if self.packed or not is_plain(weight):
             return self._added_to_output(changes, args[0])
         if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
             return super()._forward_with(changes, *args)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from peft_sam._peft import QuantizationBackend
-from peft_sam.owned import PACKED_WEIGHT
+from peft_sam.owned import packed_weight
 
 # Attributes in which the quantisers' layers keep scales and codes beside their weight, where they have them.
 BESIDE_THE_WEIGHT = ("quant_state", "state", "meta")
@@ -90,7 +90,7 @@ def _readable(module: nn.Module) -> nn.Module:
 
 
 def _codes(module: nn.Module) -> Codes:
-    name = PACKED_WEIGHT.get(type(module).__name__, "weight")
+    name = packed_weight(module) or "weight"
     parameter = module.get_parameter(name)
     beside = {key: vars(module)[key] for key in BESIDE_THE_WEIGHT if key in vars(module)}
     return Codes(name, parameter, dict(vars(parameter)), beside)

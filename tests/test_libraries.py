@@ -24,6 +24,7 @@ from peft_sam import SamConfig, select_parameters
 from peft_sam.candidates import deltas_of
 from tests.cases import VOCABULARY, bert, llama
 from tests.reference import largest, mean_loss_gradients
+from tests.versions import takes_adapters
 
 pytestmark = [  # the libraries still use names that transformers has renamed
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
@@ -150,6 +151,7 @@ def test_trl_s_preference_training_goes_on_from_an_adapter_as_its_reference(tmp_
     assert any(not torch.equal(tensor, trained[name]) for name, tensor in values(model).items())
 
 
+@takes_adapters
 def test_a_sentence_transformer_selects_trains_saves_and_loads(tmp_path: Path) -> None:
     bert().bert.save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")

@@ -16,6 +16,7 @@ from peft_sam import SamConfig, SamLayer, accumulate, select_parameters
 from peft_sam.gradients import Loss
 from peft_sam.linear_calls import LinearCall
 from tests.cases import Sequential, bert
+from tests.versions import checkpoint_activations
 
 CONFIG: dict[str, Any] = {"score": "random", "density": 0.2, "init_weights": False}
 
@@ -105,7 +106,7 @@ def test_where_the_weights_are_does_not_change_the_selection(how: str) -> None:
     if how == "offloaded":
         cpu_offload(base.bert.encoder, execution_device="cpu")
     else:
-        base.activation_checkpointing_enable({"use_reentrant": "reentrant" in how})
+        checkpoint_activations(base, "reentrant" in how)
     got = select(base)
     assert got.threshold == pytest.approx(expected.threshold, rel=1e-5)
     assert all(torch.equal(got.indices[name], expected.indices[name]) for name in expected.indices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,6 @@ from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from peft_sam import SamConfig, select_parameters
@@ -26,23 +26,78 @@ from tests.test_linear import adapted
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+class BaseQuantLinear(nn.Module):
+    """A linear layer that holds its weight as gptqmodel's do: under that class name, in buffers alone."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        scale = linear.weight.detach().abs().amax() / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("qweight", (linear.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("bias", linear.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.qweight * self.scale, self.bias)
+
+
+def in_groups(linear: nn.Linear, kind: str) -> nn.Module:
+    """gptqmodel's layer of 4 bits with a scale and a zero for each 32 inputs."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel needs a newer torch than the tests' own")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    size = 32
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
+    groups = linear.weight.detach().unflatten(1, (-1, size))
+    scale = (groups.amax(-1) - groups.amin(-1)) / 15
+    zero = (-groups.amin(-1) / scale).round()
+    made = {"GPTQ": TorchLinear, "AWQ": AwqTorchLinear}[kind](
+        bits=4, group_size=size, sym=False, desc_act=False, **sizes
+    )
+    made.pack(linear, scale, zero, (torch.arange(linear.in_features) // size).int())
+    made.post_init()
+    return made
+
+
+# kind → the layer that holds a linear layer's weight in codes
+LAYERS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "hqq": lambda linear: HQQLinear(
+        linear, BaseQuantizeConfig(nbits=4, group_size=64), compute_dtype=torch.float32, device="cpu"
+    ),
+    "4 bits": lambda linear: filled(linear, bitsandbytes.nn.Linear4bit, compute_dtype=torch.float32, quant_type="nf4"),
+    "8 bits": lambda linear: filled(linear, bitsandbytes.nn.Linear8bitLt, has_fp16_weights=False),
+    "buffers": BaseQuantLinear,
+    "GPTQ": lambda linear: in_groups(linear, "GPTQ"),
+    "AWQ": lambda linear: in_groups(linear, "AWQ"),
+}
+
+
+def filled(linear: nn.Linear, kind: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """bitsandbytes' layers quantise what they hold when they are moved."""
+    packed = kind(linear.in_features, linear.out_features, **options)
+    packed.load_state_dict(linear.state_dict())
+    return packed.to("cpu")
+
+
+def int8() -> Any:
+    """torchao's way to quantise."""
+    pytest.importorskip("torchao", reason="PEFT asks for a torchao that needs a newer torch")
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
 def quantised(kind: str, model: nn.Module) -> nn.Module:
     if kind == "torchao":
-        quantize_(model, Int8WeightOnlyConfig())
+        config = int8()
+        from torchao.quantization import quantize_
+
+        quantize_(model, config)
         return model
     for name, module in list(model.named_children()):
-        if isinstance(module, nn.Linear) and kind == "hqq":
-            config = BaseQuantizeConfig(nbits=4, group_size=64)
-            setattr(model, name, HQQLinear(module, config, compute_dtype=torch.float32, device="cpu"))
-        elif isinstance(module, nn.Linear):
-            sizes = module.in_features, module.out_features
-            packed = (
-                bitsandbytes.nn.Linear4bit(*sizes, compute_dtype=torch.float32, quant_type="nf4")
-                if kind == "4 bits"
-                else bitsandbytes.nn.Linear8bitLt(*sizes, has_fp16_weights=False)
-            )
-            packed.load_state_dict(module.state_dict())
-            setattr(model, name, packed.to("cpu"))
+        if isinstance(module, nn.Linear):
+            setattr(model, name, LAYERS[kind](module))
     return model.requires_grad_(False)
 
 
@@ -64,8 +119,11 @@ def dequantised(model: nn.Module) -> nn.Module:
     return plain
 
 
-# outer quantisation of the 8-bit kernel also rounds its inputs
-KINDS = {"torchao": 1e-4, "hqq": 1e-4, "4 bits": 1e-4, "8 bits": 5e-2}
+# kind → how far its products may be from those of its dequantised weight: the 8-bit kernel also rounds its inputs, and
+# gptqmodel computes in half precision
+KINDS = {"torchao": 1e-4, "hqq": 1e-4, "4 bits": 1e-4, "8 bits": 5e-2, "buffers": 1e-4, "GPTQ": 1e-2, "AWQ": 1e-2}
+WRITABLE = ("torchao", "hqq", "4 bits", "8 bits")
+WITHOUT_BIAS = ("hqq", "buffers", "GPTQ", "AWQ")  # their biases are no parameters
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,7 +132,7 @@ def test_a_quantised_model_trains_the_deltas_of_its_dequantised_self(kind: str) 
     plain = dequantised(base)
     model = adapted(base)
     deltas = model.base_model.sparse_deltas()
-    biases = set() if kind == "hqq" else {(64,), (128,)}  # there they are no parameters
+    biases = set() if kind in WITHOUT_BIAS else {(64,), (128,)}
     assert {delta.shape for delta in deltas.values()} == {(128, 64), (64, 128), *biases}
     assert {name.rpartition(".")[2] for name in deltas} <= {"weight", "bias"}
     dense = adapted_copy(plain, deltas)
@@ -118,18 +176,26 @@ def test_a_quantised_layer_is_selected_by_the_gradient_of_its_dequantised_self(k
     assert len(plain & packed) >= (0.98 if KINDS[kind] < 1e-2 else 0.8) * len(plain)
 
 
+def test_a_weight_attribute_of_a_packed_layer_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = adapted(quantised("hqq", Sequential(nn.Linear(64, 64)))), torch.randn(3, 64)
+    expected = model(x)
+    # transformers' quantiser does that
+    monkeypatch.setattr(HQQLinear, "weight", property(lambda layer: torch.empty(0)), raising=False)
+    assert torch.equal(model(x), expected)
+
+
 # merging
 
 
 def known_to_transformers(kind: str, base: Any) -> Any:
     """With what transformers leaves at a model that it has quantised by torchao: how to quantise again."""
     if kind == "torchao":
-        base.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
+        base.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(int8()))
     return base
 
 
 @pytest.mark.parametrize("inferred", [False, True], ids=["fresh", "after inference"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITABLE)
 def test_merging_writes_the_codes_of_the_sum_and_unmerging_the_original_ones(kind: str, inferred: bool) -> None:
     plain: Any = Sequential(nn.Linear(128, 64), nn.Tanh(), nn.Linear(64, 128)).requires_grad_(False)
     base = known_to_transformers(kind, quantised(kind, plain))
@@ -162,7 +228,7 @@ def test_merging_writes_the_codes_of_the_sum_and_unmerging_the_original_ones(kin
         assert torch.equal(model.merge_and_unload()(x), merged)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITABLE)
 def test_a_broken_adapter_is_not_merged_into_a_quantised_model(kind: str) -> None:
     model = adapted(known_to_transformers(kind, quantised(kind, Sequential(nn.Linear(64, 64))))).eval()
     x = torch.randn(3, 64)
@@ -176,19 +242,25 @@ def test_a_broken_adapter_is_not_merged_into_a_quantised_model(kind: str) -> Non
         assert torch.equal(model(x), before)
 
 
-def test_a_weight_that_cannot_be_written_back_is_not_merged_into() -> None:
-    model = adapted(quantised("torchao", Sequential(nn.Linear(64, 128))))
-    with pytest.raises(
-        ValueError,
-        match=r"'weight' of shape \(128, 64\) is quantised \(torchao, without the config of its quantisation\)",
-    ):
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("torchao", r"quantised \(torchao, without the config of its quantisation\)"),
+        ("buffers", "quantised or offloaded"),
+        ("GPTQ", r"quantised \(gptq\)"),
+    ],
+)
+def test_a_weight_that_cannot_be_written_back_is_not_merged_into(kind: str, what: str) -> None:
+    model = adapted(quantised(kind, Sequential(nn.Linear(64, 128))))
+    with pytest.raises(ValueError, match=rf"'weight' of shape \(128, 64\) is {what} in a way"):
         model.merge_adapter()
 
 
-CONFIGS = {
-    "bnb 8bit": BitsAndBytesConfig(load_in_8bit=True),
-    "bnb 4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "torchao": TorchAoConfig(Int8WeightOnlyConfig()),
+# name of PEFT's backend → the config that transformers quantises by
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "bnb 8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bnb 4bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "torchao": lambda: TorchAoConfig(int8()),
 }
 
 
@@ -198,7 +270,7 @@ def test_a_model_that_transformers_quantises_goes_the_whole_way(kind: str, tmp_p
     LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
 
     def load() -> Any:
-        options = {"quantization_config": copy.deepcopy(CONFIGS[kind]), "device_map": "cpu", "dtype": torch.float32}
+        options = {"quantization_config": CONFIGS[kind](), "device_map": "cpu", "dtype": torch.float32}
         return AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
     base = prepare_model_for_kbit_training(load(), use_gradient_checkpointing=False)
