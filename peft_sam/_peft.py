@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import nn
 
 SUPPORTED_PEFT = "peft>=0.21.2,<0.22"
 
@@ -42,6 +43,12 @@ try:
     from peft.utils.error import NoMatchingPeftModuleError
     from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
     from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.quantization_utils import (
+        ForwardOnlyQuantizationBackend,
+        QuantizationBackend,
+        get_quantization_kwargs,
+        resolve_quantization_backend,
+    )
 except ImportError as error:
     raise ImportError(
         f"peft_sam supports {SUPPORTED_PEFT} and found peft {version('peft')}, which lacks a name that peft_sam "
@@ -54,11 +61,13 @@ __all__ = [
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
+    "QuantizationBackend",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
     "magnitude_prune",
+    "quantization_backend",
     "register",
     "task_arithmetic",
     "ties",
@@ -95,6 +104,18 @@ def _add_member(name: str) -> PeftType:
 
 
 SAM_SPARSE = _add_member("SAM_SPARSE")
+
+
+def quantization_backend(base_layer: nn.Module, tuner: Any) -> QuantizationBackend | None:
+    """PEFT's access to the weight of a quantised layer, None if it is not quantised.
+
+    To write torchao's weights PEFT needs the config of the quantisation, which models that transformers has quantised
+    carry; others can only run.
+    """
+    try:
+        return resolve_quantization_backend(base_layer, **get_quantization_kwargs(tuner))
+    except ValueError:
+        return ForwardOnlyQuantizationBackend("torchao, without the config of its quantisation")
 
 
 def register(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 IGNORED_LABEL = -100
 
+# Where trainers of TRL and sentence-transformers write down what `compute_loss` saw, for their next log.
+RECORDS = ("_metrics", "_total_train_tokens", "accum_loss_components")
+
 
 @contextmanager
 def from_trainer(
@@ -36,6 +40,7 @@ def from_trainer(
     """A Trainer's train batches, and its `compute_loss` as the mean loss of a batch."""
     accelerator = trainer.accelerator
     prepared_before = list(accelerator._dataloaders)
+    records = {name: copy.deepcopy(getattr(trainer, name)) for name in RECORDS if hasattr(trainer, name)}
     takes_count = bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
     # compute_loss multiplies by this, for the average over processes that DDP takes of gradients
     factor = accelerator.num_processes if takes_count and trainer.args.average_tokens_across_devices else 1
@@ -53,6 +58,7 @@ def from_trainer(
             yield batches, loss
     finally:
         accelerator._dataloaders[:] = prepared_before
+        vars(trainer).update(records)
 
 
 @contextmanager

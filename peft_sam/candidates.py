@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -76,14 +78,28 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
                 + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
                 + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
             )
-    generator = torch.Generator().manual_seed(config.seed)
     layers = sam_layers(model)
+    supports = {
+        module: {n: found for n in layer.deltas(adapter_name) if len(found := selection.indices[f"{module}.{n}"])}
+        for module, layer in layers.items()
+    }
+    _start(layers, adapter_name, config, supports)
+    config.record(selection.summary(), fingerprints(layers, adapter_name))
+
+
+def share_support(model: nn.Module, like: str, adapter_name: str, config: SamConfig) -> None:
+    """Give an adapter the support of another, `like`, with deltas of zero."""
+    layers = sam_layers(model)
+    supports = {module: {n: d.indices for n, d in layer.deltas(like).items()} for module, layer in layers.items()}
+    _start(layers, adapter_name, config, supports)
+
+
+def _start(
+    layers: Mapping[str, SamLayer], adapter_name: str, config: SamConfig, supports: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """Supports by module and parameter, with the deltas that training starts from."""
+    generator = torch.Generator().manual_seed(config.seed)
     for module, layer in layers.items():
-        names = list(layer.deltas(adapter_name))
-        layer.set_support(
-            adapter_name,
-            {name: found for name in names if len(found := selection.indices[f"{module}.{name}"])},
-        )
+        layer.set_support(adapter_name, supports[module])
         if not config.init_weights:
             layer.reset_values(adapter_name, generator)
-    config.record(selection.summary(), fingerprints(layers, adapter_name))

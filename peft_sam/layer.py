@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_sam._peft import BaseTunerLayer, check_adapters_to_merge
+from peft_sam._peft import BaseTunerLayer, QuantizationBackend, check_adapters_to_merge
 from peft_sam.delta import CodedDelta, PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.mixed import BASE, by_samples
@@ -39,12 +39,14 @@ class SamLayer(nn.Module, BaseTunerLayer):
     """Any module, run with θ + Δ in place of its parameters.
 
     Attributes:
+        quantization_backend: PEFT's access to the weight of a quantised linear layer, else None.
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
         sample_adapters: the adapter of each sample of the batch, while one has several; else None.
     """
 
     adapter_layer_names = ("sam_sparse_delta",)
+    quantization_backend: QuantizationBackend | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -250,12 +252,15 @@ class SamLayer(nn.Module, BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.sam_sparse_delta:
                 self.check_merge(adapter_name, safe_merge)
-                self._merged_changes.append(merge(self.get_base_layer(), self.deltas(adapter_name)))
+                changes = merge(self.get_base_layer(), self.deltas(adapter_name), self.quantization_backend)
+                self._merged_changes.append(changes)
                 self.merged_adapters.append(adapter_name)
 
     def check_merge(self, adapter_name: str, safe_merge: bool) -> None:
         """Raise what `merge` would."""
-        check_merge(self.get_base_layer(), adapter_name, self.deltas(adapter_name), safe_merge)
+        check_merge(
+            self.get_base_layer(), adapter_name, self.deltas(adapter_name), safe_merge, self.quantization_backend
+        )
 
     def unmerge(self) -> None:
         """Put the original bits back."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peft_sam._peft import quantization_backend
 from peft_sam.embedding import SamEmbedding
 from peft_sam.layer import SamLayer
 from peft_sam.linear import SamLinear
@@ -20,8 +21,10 @@ LAYERS: dict[Any, type[SamLayer]] = {
 }
 
 
-def make_layer(module: nn.Module) -> SamLayer:
-    """The layer for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
+def make_layer(module: nn.Module, tuner: Any) -> SamLayer:
+    """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
     if is_packed_linear(module) or (isinstance(module, nn.Linear) and not is_plain(module.weight)):
-        return SamLinear(module)
+        layer = SamLinear(module)
+        layer.quantization_backend = quantization_backend(module, tuner)
+        return layer
     return LAYERS.get(type(module).forward, SamLayer)(module)

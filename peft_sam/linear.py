@@ -12,7 +12,7 @@ from peft_sam._peft import BaseTunerLayer
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer
 from peft_sam.ops import sparse_linear
-from peft_sam.owned import is_bare, is_plain
+from peft_sam.owned import is_bare, is_plain, packed_weight
 from peft_sam.plan import plan_linear
 
 
@@ -27,13 +27,15 @@ class SamLinear(SamLayer):
         super().__init__(base_layer)
         # whether the weight is stored as (inputs × outputs)
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
+        # an attribute `weight` of such a layer is not its weight (transformers gives HQQ's an empty one)
+        self.packed = packed_weight(self.get_base_layer()) is not None
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
         weight = getattr(self.get_base_layer() if isinstance(base, BaseTunerLayer) else base, "weight", None)
-        if not is_plain(weight):
+        if self.packed or not is_plain(weight):
             return self._added_to_output(changes, args[0])
         if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
             return super()._forward_with(changes, *args)
@@ -55,11 +57,12 @@ class SamLinear(SamLayer):
             plan_linear(delta, self.transposed)
 
     def extra_repr(self) -> str:
-        """How the products of each adapter are computed."""
+        """How the products of each adapter are computed, and PEFT's access to a quantised weight."""
         deltas = {name: self.deltas(name).get("weight") for name in self.sam_sparse_delta}
         plans = [
             f"{name}: {plan_linear(delta, self.transposed)}"
             for name, delta in deltas.items()
             if delta is not None and not delta.pending and not delta.indices.is_meta
         ]
-        return ", ".join(plans)
+        backend = self.quantization_backend
+        return ", ".join(plans if backend is None else [*plans, f"quantization_backend={backend.backend_name!r}"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft_sam.arithmetic import Combined, check_combination, combine_heads
-from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support
+from peft_sam.candidates import apply_selection, candidates_of, check_weights, deltas_of, has_support, share_support
 from peft_sam.checkpoint import check_others, modules_in, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
@@ -62,15 +62,20 @@ class SamModel(BaseTuner):
         """PEFT's injection, then `finish_injection`; the model is as before if that fails.
 
         With `state_dict` its keys say which modules are adapted, whatever the config targets. The adapter gets a copy
-        of the config, so that one config makes many adapters.
+        of the config, so that one config makes many adapters. Given another adapter's own config, it gets that one's
+        support.
         """
-        self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        given = self.peft_config[adapter_name]
+        like = next((name for name, of in self.peft_config.items() if of is given and name != adapter_name), None)
+        self.peft_config[adapter_name] = copy.copy(given)
         self._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         if state_dict is not None:
             self.peft_config[adapter_name].target_modules = modules_in(state_dict)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             SamModel.finish_injection(self, model, adapter_name)
+            if like is not None and has_support(model, like):
+                share_support(model, like, adapter_name, self.peft_config[adapter_name])
         except BaseException:
             self.withdraw(adapter_name)
             raise
@@ -249,7 +254,7 @@ class SamModel(BaseTuner):
         )
 
     def _wrap(self, parent: nn.Module, name: str, module: nn.Module) -> SamLayer:
-        layer = make_layer(module)
+        layer = make_layer(module, self)
         self._replace_module(parent, name, layer, module)
         return layer
 

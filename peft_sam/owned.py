@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 # Children whose parameters a module reads without calling them: they are candidates of the module itself.
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
-# Quantised linear layers that are no nn.Linear, by class name, and the parameter that holds their packed weight.
-PACKED_WEIGHT = {"HQQLinear": "W_q"}
+# Quantised linear layers that are no nn.Linear, by the name of a class, and the parameter or buffer that holds their
+# packed weight: HQQ; GPTQ and AWQ, whose kernels are all kinds of gptqmodel's BaseQuantLinear.
+PACKED_WEIGHT = {"HQQLinear": "W_q", "BaseQuantLinear": "qweight"}
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -27,28 +28,34 @@ def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def stored_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def stored_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The same parameters as they are stored."""
-    own = dict(module.named_parameters(recurse=False))
-    if (packed := PACKED_WEIGHT.get(type(module).__name__)) in own:
-        own["weight"] = own.pop(packed)
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if (packed := packed_weight(module)) is not None:
+        own["weight"] = own.pop(packed) if packed in own else module.get_buffer(packed)
     for child in READ_NOT_CALLED.get(type(module), ()):
         own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
     return own
 
 
-def stored_parameter(module: nn.Module, name: str) -> nn.Parameter:
+def stored_parameter(module: nn.Module, name: str) -> Tensor:
     """One of them, by its name relative to the module."""
     child, _, leaf = name.rpartition(".")
     found = module.get_submodule(child)._parameters.get(leaf)
     return stored_parameters(module)[name] if found is None else found
 
 
+def packed_weight(module: nn.Module) -> str | None:
+    """The name of the parameter or buffer that holds the packed weight of a linear layer that is no nn.Linear."""
+    names = (PACKED_WEIGHT.get(kind.__name__) for kind in type(module).__mro__)
+    return next((name for name in names if name is not None), None)
+
+
 def is_packed_linear(module: nn.Module) -> bool:
     """Whether a module is a quantiser's linear layer, which multiplies in a way of its own."""
     if isinstance(module, nn.Linear):
         return type(module).forward is not nn.Linear.forward and not is_plain(module.weight)
-    return type(module).__name__ in PACKED_WEIGHT
+    return packed_weight(module) is not None
 
 
 def is_plain(tensor: Tensor | None) -> bool:

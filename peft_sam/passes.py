@@ -69,6 +69,7 @@ def _all(sizes: Mapping[str, int]) -> Sequence[Group]:
 
 def select_by_data(
     model: nn.Module,
+    adapted: nn.Module,
     adapter_name: str,
     config: SamConfig,
     batches: Iterable[Any],
@@ -80,8 +81,8 @@ def select_by_data(
     processes: Processes | None,
     progress: bool,
 ) -> Selection:
-    """Run the passes for a pending adapter of `model`, and choose."""
-    candidates, calls = candidates_of(model, adapter_name), _linear_calls(model, adapter_name)
+    """Run the passes of `model` for a pending adapter of `adapted`, itself or a part of it, and choose."""
+    candidates, calls = candidates_of(adapted, adapter_name), _linear_calls(adapted, adapter_name)
     passes = _passes(candidates, config, memory_budget)
     alone = len(passes.groups) == 1
     again = iter([batches]) if alone else replayed(batches)

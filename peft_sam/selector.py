@@ -48,7 +48,8 @@ def select_parameters(
 
     Args:
         source: a `transformers.Trainer` (its train dataloader, collator, `compute_loss`, device and precision are
-            used), or a model with a SAM adapter together with `dataloader`.
+            used), or a model with a SAM adapter together with `dataloader`. The adapter may be in a part of the model,
+            as in a SentenceTransformer.
         dataloader: batches, with a model. Dicts of tensors that the model takes, unless `loss_fn` is given.
         accelerator: an `accelerate.Accelerator` to share the batches over processes and for its precision.
         adapter_name: which adapter; the active one by default.
@@ -82,9 +83,10 @@ def select_parameters(
         model = accelerator.unwrap_model(model)
     if max_batches is not None and max_batches < 1:
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
-    adapter_name, config = _pending_adapter(model, adapter_name)
+    adapted = _adapted_part(model)
+    adapter_name, config = _pending_adapter(adapted, adapter_name)
     if selection is None and not config.needs_data:
-        selection = choose_for(candidates_of(model, adapter_name), config)
+        selection = choose_for(candidates_of(adapted, adapter_name), config)
     if selection is None:
         passing = sharded_twin(model, accelerator)
         source_of_batches = (
@@ -95,6 +97,7 @@ def select_parameters(
         with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
             selection = select_by_data(
                 passing,
+                _adapted_part(passing),
                 adapter_name,
                 config,
                 batches,
@@ -105,13 +108,33 @@ def select_parameters(
                 processes=_processes(accelerator),
                 progress=_wants_progress(trainer, accelerator, progress),
             )
-    apply_selection(model, adapter_name, config, selection)
+    apply_selection(adapted, adapter_name, config, selection)
     return selection
 
 
 def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
     return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+
+
+def _adapted_part(model: nn.Module) -> nn.Module:
+    """The module that has the adapters: the model itself, or the one part of it that has some.
+
+    Raises:
+        ValueError: if several parts have.
+    """
+    parts: list[nn.Module] = []
+    for module in model.modules():
+        adapted = isinstance(getattr(module, "peft_config", None), Mapping)
+        if adapted and not any(module in part.modules() for part in parts):
+            parts.append(module)
+    if len(parts) > 1:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(
+            f"several parts of the {type(model).__name__} have adapters ({kinds}): pass the part that is meant, a "
+            "dataloader, and a loss_fn that runs the whole."
+        )
+    return parts[0] if parts else model
 
 
 def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:

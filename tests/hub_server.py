@@ -24,6 +24,8 @@ from urllib.parse import unquote
 
 import pytest
 
+from tests.versions import hub_clients_of_transformers
+
 LFS_SUFFIXES = (".safetensors", ".bin")
 
 
@@ -262,15 +264,16 @@ def _is_client_setting(name: str) -> bool:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A running hub that this process, and any process it starts, uses for the length of one test."""
     from huggingface_hub import close_session, constants, hf_api
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils.hub import hf_api as transformers_api
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    with HubServer() as server, disable_progress_bars(), warnings.catch_warnings():
+    showed_progress = not are_progress_bars_disabled()
+    disable_progress_bars()
+    with HubServer() as server, warnings.catch_warnings():
         # The client sends LFS content through a parameter its HTTP library deprecates; no caller can help it.
         warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
 
         # These two clients live as long as the process and keep the endpoint they were made with.
-        for client in (hf_api.api, transformers_api()):
+        for client in (hf_api.api, *hub_clients_of_transformers()):
             monkeypatch.setattr(client, "endpoint", server.url)
 
         environment = server.env(tmp_path)
@@ -298,3 +301,5 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         close_session()
         yield server
         close_session()
+    if showed_progress:
+        enable_progress_bars()

@@ -32,6 +32,7 @@ ADAPTING = [
     "plan",
     "products",
     "ops",
+    "quantised",
     "merging",
     "mixed",
     "layer",

@@ -15,8 +15,11 @@ from torch import Tensor, nn
 from peft_sam import SamConfig
 from peft_sam.layer import SamLayer
 from tests.cases import MODULES, NETS, ModuleCase, NetCase, names
+from tests.versions import compiles
 
-pytestmark = [  # torch.compile's own
+pytestmark = [
+    compiles,
+    # torch.compile's own
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
 ]

@@ -77,7 +77,7 @@ def test_neither_pass_makes_anything_of_the_table_s_size() -> None:
     "options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}], ids=lambda o: next(iter(o))
 )
 def test_special_tables_take_the_general_way(options: dict[str, Any]) -> None:
-    layer = make_layer(nn.Embedding(9, 4, **options))
+    layer = make_layer(nn.Embedding(9, 4, **options), None)
     assert type(layer) is SamEmbedding
     layer.update_layer("default", {"weight": 0})
     layer.set_adapter("default")
@@ -94,4 +94,4 @@ def test_another_forward_is_left_to_the_general_layer() -> None:
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(ids) * 3
 
-    assert type(make_layer(Scaled(4, 2))) is SamLayer
+    assert type(make_layer(Scaled(4, 2), None)) is SamLayer

@@ -16,10 +16,10 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, 
 from huggingface_hub.utils import are_progress_bars_disabled
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
-from transformers.utils.hub import hf_api as transformers_api
 
 from tests import hub_server
 from tests.hub_server import HubServer
+from tests.versions import hub_clients_of_transformers
 
 hub = hub_server.hub
 
@@ -27,7 +27,7 @@ hub = hub_server.hub
 @pytest.fixture(autouse=True)
 def client_is_itself_again_after_the_test() -> Iterator[None]:
     def client() -> list[object]:
-        endpoints = [api.endpoint for api in (HfApi(), huggingface_hub.hf_api.api, transformers_api())]
+        endpoints = [api.endpoint for api in (HfApi(), huggingface_hub.hf_api.api, *hub_clients_of_transformers())]
         environment = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "no_"))}
         return [vars(constants).copy(), environment, are_progress_bars_disabled(), endpoints]
 

@@ -26,6 +26,7 @@ from peft_sam.candidates import deltas_of
 from peft_sam.layer import SamLayer
 from tests.cases import NETS, NetCase, bert, gpt2, names, vit
 from tests.reference import adapted_copy
+from tests.versions import checkpoint_activations, takes_adapters
 
 
 def config(**options: Any) -> SamConfig:
@@ -162,7 +163,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant: bool) -> None:
 
     plain = gradients()
     model.enable_input_require_grads()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model, reentrant)
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, plain[name])
 
@@ -240,6 +241,7 @@ def test_injection_without_a_peft_model_selects_trains_and_reports_state() -> No
     torch.testing.assert_close(logits(other.eval(), BATCH), logits(base.eval(), BATCH), rtol=0, atol=0)
 
 
+@takes_adapters
 def test_transformers_own_adapter_methods_work(tmp_path: Any) -> None:
     base = bert()
     plain, fresh = copy.deepcopy(base), copy.deepcopy(base)
