@@ -43,6 +43,7 @@ ADAPTING = [
     "checkpoint",
     "fingerprint",
     "candidates",
+    "injection",
     "arithmetic",
     "model",
 ]
