@@ -27,12 +27,20 @@ KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<
 
 
 def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
-    """The sparse layers of a model by module name in the unwrapped base model, in its order."""
+    """The sparse layers of a model by module name in the unwrapped base model, in its order.
+
+    A module that an adapter trains densely is a copy of the base model's, with copies of its sparse layers: not those.
+    """
     return {
         base_name(name).removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, SamLayer)
+        if isinstance(module, SamLayer) and "modules_to_save" not in name.split(".")
     }
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SamLayer]:
+    """Those that an adapter targets."""
+    return {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
 
 
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
@@ -55,6 +63,7 @@ def to_file(
             raise PendingAdapterError(adapter_name, "saved")
     written = {}
     for key, tensor in state.items():
+        key = key.replace(".original_module.", ".")
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         parameter, _, part = after.rpartition(".")
         if part == "indices":
@@ -121,6 +130,11 @@ def read_file(
             checked[module][name] = _check_delta(full, parts, own[name])
     _check_counts(checked, counts)
     return checked
+
+
+def counts_in(found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, int]:
+    """Entries per parameter name of what `read_file` found."""
+    return {f"{module}.{name}": len(i) for module, parts in found.items() for name, (i, _) in parts.items()}
 
 
 def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: str, shapes: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -160,6 +161,13 @@ class SamConfig(PeftConfig):
             counts_of(self.selection)
             format_of(self.selection)
             fingerprints_of(self.selection)
+
+    def for_one_adapter(self) -> SamConfig:
+        """A copy that an adapter can fill in, so that one config makes many adapters."""
+        found = copy.copy(self)
+        if self.modules_to_save is not None:
+            found.modules_to_save = list(dict.fromkeys(self.modules_to_save))  # PEFT adds the same heads each time
+        return found
 
     @property
     def needs_data(self) -> bool:

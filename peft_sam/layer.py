@@ -15,7 +15,7 @@ from peft_sam.delta import CodedDelta, PendingAdapterError, SparseDelta, delta_d
 from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.mixed import BASE, by_samples
 from peft_sam.ops import compose
-from peft_sam.owned import is_plain, own_parameters, stored_parameters
+from peft_sam.owned import features, is_plain, own_parameters, stored_parameters
 from peft_sam.replicas import keep_equal
 from peft_sam.substitute import call_with
 from peft_sam.support import check_support
@@ -42,6 +42,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         quantization_backend: PEFT's access to the weight of a quantised linear layer, else None.
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
+        in_features, out_features: of the module, or None if it has no such numbers.
         sample_adapters: the adapter of each sample of the batch, while one has several; else None.
     """
 
@@ -51,6 +52,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = features(self.get_base_layer())
         self.sam_sparse_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -162,12 +164,11 @@ class SamLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         self.prepare()
 
-    def reset_values(self, adapter_name: str, generator: torch.Generator) -> None:
+    def reset_values(self, adapter_name: str) -> None:
         """Small random deltas instead of zeros (`init_weights=False`)."""
         for delta in self.deltas(adapter_name).values():
-            noise = torch.randn(len(delta.values), generator=generator) * TEST_INIT_STD
             with torch.no_grad():
-                delta.values.copy_(noise)
+                delta.values.copy_(torch.randn(len(delta.values)) * TEST_INIT_STD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Only the device: PEFT's version would round the values to the base dtype on the way.

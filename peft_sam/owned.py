@@ -16,6 +16,22 @@ READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention
 # packed weight: HQQ; GPTQ and AWQ, whose kernels are all kinds of gptqmodel's BaseQuantLinear.
 PACKED_WEIGHT = {"HQQLinear": "W_q", "BaseQuantLinear": "qweight"}
 
+# How modules call the numbers of their inputs and outputs.
+FEATURES = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
+
+
+def features(module: nn.Module) -> tuple[int | None, ...]:
+    """The numbers of inputs and outputs of a module, which PEFT's layers tell; None, None if it has no such numbers."""
+    for names in FEATURES:
+        if all(hasattr(module, name) for name in names):
+            return tuple(getattr(module, name) for name in names)
+    return None, None
+
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included.

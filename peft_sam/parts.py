@@ -39,7 +39,7 @@ class Part(NamedTuple):
         return f"{self.module}.{self.parameter}"
 
     @property
-    def base(self) -> nn.Parameter:
+    def base(self) -> Tensor:
         """The parameter θ⁰, as it is stored."""
         return stored_parameter(self.layer.get_base_layer(), self.parameter)
 

@@ -35,7 +35,7 @@ from peft_sam.delta import SparseDelta
 from peft_sam.parts import Adapter
 from peft_sam.stock_sparse import addends, common_sparsity, kept_entries, target_names
 from tests.cases import Attention, Sequential, TiedPair, bert, gpt2, llama, mixtral, t5, vit
-from tests.test_linear import quantised
+from tests.test_quantised import quantised
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # stock SHiRA
 IDS = torch.arange(1, 13).view(2, 6)
