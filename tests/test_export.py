@@ -29,11 +29,12 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from peft_sam import PendingAdapterError, SamConfig, Selection, export, export_adapter, low_rank, select_parameters
-from peft_sam import checkpoint_patch as patch_module
+from peft_sam import PendingAdapterError, SamConfig, Selection, export_adapter, select_parameters
 from peft_sam.delta import SparseDelta
-from peft_sam.parts import Adapter
-from peft_sam.stock_sparse import addends, common_sparsity, kept_entries, target_names
+from peft_sam.export import checkpoint_patch as patch_module
+from peft_sam.export import formats, low_rank
+from peft_sam.export.parts import Adapter
+from peft_sam.export.stock_sparse import addends, common_sparsity, kept_entries, target_names
 from tests.cases import Attention, Sequential, TiedPair, bert, gpt2, llama, mixtral, t5, vit
 from tests.test_quantised import quantised
 
@@ -451,7 +452,7 @@ def test_stock_classes_load_what_a_head_belongs_to(tmp_path: Path) -> None:
 # Which adapter, and what is refused
 
 
-@pytest.mark.parametrize("format", list(export.FORMATS))
+@pytest.mark.parametrize("format", list(formats.FORMATS))
 def test_only_the_named_adapter_is_written_whatever_is_active(format: str, tmp_path: Path) -> None:
     saved = Saved(tmp_path, llama_with_head, task_type="SEQ_CLS")
     export_adapter(saved.model, tmp_path / "alone", format)

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_sam.checkpoint import PEFT_PREFIX
-from peft_sam.checkpoint_patch import write_patch
-from peft_sam.low_rank import is_low_rank_target, lora
-from peft_sam.parts import Adapter, Part
-from peft_sam.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
+from peft_sam.export.checkpoint_patch import write_patch
+from peft_sam.export.low_rank import is_low_rank_target, lora
+from peft_sam.export.parts import Adapter, Part
+from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
 
 DEFAULT_RANK = 16
 SHOWN = 5

@@ -15,8 +15,8 @@ from peft import PeftConfig, ShiraConfig, SupertuningConfig
 from torch import Tensor, nn
 
 from peft_sam.delta import changed
+from peft_sam.export.parts import Adapter, Part
 from peft_sam.linear import SamLinear
-from peft_sam.parts import Adapter, Part
 
 
 class StockAdapter(NamedTuple):
