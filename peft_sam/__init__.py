@@ -20,6 +20,7 @@ from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.fingerprint import OtherBaseWarning
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
+from peft_sam.hotswap import register_swap
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
 from peft_sam.report import SelectionReport, selection_report
@@ -46,3 +47,4 @@ __all__ = [
 
 SamModel.chooser = staticmethod(choose_for)
 _peft.register(SamConfig, SamModel, SamLayer, complete_card, OtherBaseWarning)
+register_swap()

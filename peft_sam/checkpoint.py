@@ -46,7 +46,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SamLayer]:
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
     """The names of the modules that a state dict has deltas for."""
     matches = (KEY.match(key) for key in state)
-    return {_module(match["module"]) for match in matches if match}
+    return {module_of(match["module"]) for match in matches if match}
 
 
 def to_file(
@@ -67,16 +67,17 @@ def to_file(
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         parameter, _, part = after.rpartition(".")
         if part == "indices":
-            delta = layers[_module(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
+            delta = layers[module_of(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
             written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
         elif part == "values" and save_dtype is not None:
-            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{_module(before)}.{parameter}")
+            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
         else:
             written[key] = tensor
     return written
 
 
-def _module(path: str) -> str:
+def module_of(path: str) -> str:
+    """The name in the unwrapped base model of the module at `path` in a model or a file."""
     return base_name(path).removeprefix(PEFT_PREFIX)
 
 
@@ -109,7 +110,7 @@ def read_file(
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
         if match := KEY.match(key):
-            found[_module(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
+            found[module_of(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
     if not found:
         raise ValueError(
             "the adapter file holds no sparse deltas (no key with '.sam_sparse_delta.'): it is not a SAM sparse "

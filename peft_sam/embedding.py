@@ -20,17 +20,17 @@ class Rows(NamedTuple):
 
     starts: where the entries of each row start, and their number last.
     column: of each entry.
-    longest: how many entries the fullest row has.
+    steps: 0, 1, … up to the number of entries that the fullest row has, at least two of them.
     """
 
     starts: Tensor
     column: Tensor
-    longest: int
+    steps: Tensor
 
     def entries(self, ids: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
-        """For each id the numbers of its row's entries, (ids × longest), and which of them there are."""
+        """For each id the numbers of its row's entries, (ids × steps), and which of them there are."""
         first, stop = self.starts[ids, None], self.starts[ids + 1, None]
-        entry = first + torch.arange(self.longest, device=ids.device)
+        entry = first + self.steps
         inside = entry < stop
         if padding is not None:
             inside = inside & (ids != padding)[:, None]
@@ -43,7 +43,9 @@ def rows_of(delta: SparseDelta) -> Rows:
     def make(indices: Tensor) -> Rows:
         row, column = indices // delta.shape[1], indices % delta.shape[1]
         starts = torch.searchsorted(row, torch.arange(delta.shape[0] + 1, device=row.device))
-        return Rows(starts, column, int(starts.diff().max()))
+        steps = torch.arange(max(2, int(starts.diff().max())), device=row.device)
+        torch._dynamo.maybe_mark_dynamic(steps, 0)  # another support of the same size is no reason to compile again
+        return Rows(starts, column, steps)
 
     delta.checked_indices()
     rows: Rows = delta.derive("rows", make)

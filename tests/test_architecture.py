@@ -46,6 +46,7 @@ ADAPTING = [
     "injection",
     "arithmetic",
     "model",
+    "hotswap",
 ]
 STAIRS = ["card", "report", "batches", "twin", "passes", "selector", "__init__"]
 
