@@ -129,7 +129,8 @@ def read_file(
                     "not target: the adapter was made for another base model, or the file is damaged."
                 )
             checked[module][name] = _check_delta(full, parts, own[name])
-    _check_counts(checked, counts)
+    if counts is not None:
+        _check_counts(counts_in(checked), counts, layers)
     return checked
 
 
@@ -171,7 +172,10 @@ def _embedding_paths(model: nn.Module) -> Iterator[str]:
     if not hasattr(model, "get_input_embeddings"):
         return
     peft_model: Any = model
-    found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    try:
+        found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    except NotImplementedError:  # a model with several, such as CLIP
+        return
     yield from (f"{name}." for name, module in model.named_modules() if id(module) in found)
 
 
@@ -201,10 +205,14 @@ def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> t
     return indices, values
 
 
-def _check_counts(checked: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], counts: Mapping[str, int] | None) -> None:
-    if counts is None:
-        return
-    in_file = {f"{module}.{name}": len(i) for module, of in checked.items() for name, (i, _) in of.items()}
+def _check_counts(in_file: Mapping[str, int], counts: Mapping[str, int], layers: Mapping[str, SamLayer]) -> None:
+    # A base model may have got other names since, which PEFT's key_mapping brought into the file: those that are gone
+    # must have as many entries as those that are new.
+    here = {f"{module}.{name}" for module, layer in layers.items() for name in layer.parameters_below()}
+    gone = {name: number for name, number in counts.items() if name not in here}
+    new = {name: number for name, number in in_file.items() if name not in counts}
+    if gone and sorted(gone.values()) == sorted(new.values()):
+        counts = {name: number for name, number in counts.items() if name in here} | new
     for name in sorted(in_file.keys() | counts.keys()):
         if in_file.get(name, 0) != counts.get(name, 0):
             raise ValueError(

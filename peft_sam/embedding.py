@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -91,15 +91,45 @@ class _SparseEmbedding(torch.autograd.Function):
         return (None, None, None, None, *grads)
 
 
+class Scaled(nn.Embedding):
+    """An embedding times a number, as in BART."""
+
+    embed_scale: float
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table, times `embed_scale`."""
+        return super().forward(input_ids) * self.embed_scale
+
+
+class ScaledInDtype(nn.Embedding):
+    """An embedding times a number that is kept as a buffer, as in Gemma."""
+
+    embed_scale: Tensor
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table, times `embed_scale` rounded to its dtype."""
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether a module's forward is, instruction for instruction, one of these two; each model has its own class."""
+    code, scale = getattr(type(module).forward, "__code__", None), getattr(module, "embed_scale", None)
+    alike = (ScaledInDtype if isinstance(scale, Tensor) else Scaled).forward.__code__
+    same = code is not None and (code.co_code, code.co_names) == (alike.co_code, alike.co_names)
+    return isinstance(module, nn.Embedding) and same
+
+
 class SamEmbedding(SamLayer):
-    """`nn.Embedding`, by `sparse_embedding` where the table is plain, frozen and nobody watches the module."""
+    """`nn.Embedding`, scaled or not, by `sparse_embedding` where the table is plain, frozen and nobody watches it."""
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         special = base.max_norm is not None or base.sparse or base.scale_grad_by_freq
         if len(args) != 1 or kwargs or special or not is_plain(base.weight) or not is_bare(base):
             return super()._forward_with(changes, *args, **kwargs)
-        return sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)
+        y = sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)
+        scale = getattr(base, "embed_scale", None)
+        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
     def _prepare(self, name: str, delta: SparseDelta) -> None:
         super()._prepare(name, delta)
