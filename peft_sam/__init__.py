@@ -21,6 +21,7 @@ from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.export import ExportReport, export_adapter
 from peft_sam.fingerprint import OtherBaseWarning
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
+from peft_sam.hotswap import register_swap
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
 from peft_sam.report import SelectionReport, selection_report
@@ -49,3 +50,4 @@ __all__ = [
 
 SamModel.chooser = staticmethod(choose_for)
 _peft.register(SamConfig, SamModel, SamLayer, complete_card, OtherBaseWarning)
+register_swap()

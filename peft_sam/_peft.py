@@ -1,4 +1,4 @@
-"""The one door to names that PEFT keeps private, and the only place that changes PEFT's tables.
+"""The one door to names that PEFT keeps private, and with `hotswap` the only place that changes PEFT's tables.
 
 Everything else in this package uses what PEFT documents. If a name below moves, the import fails here, with the
 range of PEFT versions that is known to work.
@@ -38,8 +38,15 @@ try:
         check_adapters_to_merge,
         check_target_module_exists,
     )
-    from peft.utils import PeftType, save_and_load
+    from peft.utils import PeftType, hotswap, save_and_load
     from peft.utils.error import NoMatchingPeftModuleError
+    from peft.utils.hotswap import (
+        _convert_scalings_to_tensor as prepare_swap,
+    )
+    from peft.utils.hotswap import (
+        hotswap_adapter_from_state_dict,
+        load_peft_weights,
+    )
     from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
     from peft.utils.other import AuxiliaryTrainingWrapper
     from peft.utils.quantization_utils import (
@@ -65,7 +72,12 @@ __all__ = [
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
+    "hotswap",
+    "hotswap_adapter_from_state_dict",
+    "load_peft_weights",
     "magnitude_prune",
+    "pickle_allowed",
+    "prepare_swap",
     "quantization_backend",
     "register",
     "task_arithmetic",
@@ -83,7 +95,7 @@ _torch_load = inspect.unwrap(save_and_load.torch_load)
 HEADS = {PeftModelForTokenClassification: ("classifier", "score"), PeftModelForQuestionAnswering: ("qa_outputs",)}
 
 # Whether the file that PEFT is reading may be a pickle.
-_pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
+pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
 
 
 def _add_member(name: str) -> PeftType:
@@ -259,7 +271,7 @@ def _register_files(config_cls: type, model_cls: Any, other_base: type[Warning])
         new = adapter_name not in self.peft_config or (
             is_ours() and model_cls.awaits_file(self.base_model, adapter_name)
         )
-        token = _pickle_allowed.set(lambda: not is_ours())
+        token = pickle_allowed.set(lambda: not is_ours())
         try:
             with warnings.catch_warnings() if strict_base else nullcontext():
                 if strict_base:
@@ -278,11 +290,11 @@ def _register_files(config_cls: type, model_cls: Any, other_base: type[Warning])
                 raise ValueError(f"the adapter file of {str(model_id)!r} lacks the tensor {error}.") from error
             raise
         finally:
-            _pickle_allowed.reset(token)
+            pickle_allowed.reset(token)
 
     @functools.wraps(_torch_load)
     def torch_load(*args: Any, **kwargs: Any) -> Any:
-        if not _pickle_allowed.get()():
+        if not pickle_allowed.get()():
             raise ValueError(
                 "the adapter file is a pickle (adapter_model.bin); SAM sparse adapters are safetensors files only, "
                 "which cannot run code: get, or save again, adapter_model.safetensors."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -139,8 +140,11 @@ def support_as(state: Mapping[str, Tensor], config: SamConfig, model: nn.Module,
         record_counts(config, layers, adapter_name)
 
 
-def record_counts(config: SamConfig, layers: Mapping[str, SamLayer], adapter_name: str) -> None:
-    """Write in the config what the adapter has, where that did not come with the config."""
+def record_counts(
+    config: SamConfig, layers: Mapping[str, SamLayer], adapter_name: str, known: Mapping[str, Any] | None = None
+) -> None:
+    """Write in the config what the adapter has, where that did not come with the config, besides what is `known`."""
     deltas = {f"{module}.{n}": d for module, layer in layers.items() for n, d in layer.deltas(adapter_name).items()}
     counts = {name: len(delta.values) for name, delta in deltas.items()}
-    config.record({"k": sum(counts.values()), "counts": counts}, fingerprints(layers, adapter_name))
+    about = {**(known or {}), "k": sum(counts.values()), "counts": counts}
+    config.record(about, fingerprints(layers, adapter_name))

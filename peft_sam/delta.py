@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from peft_sam.coding import code_length, decode
+from peft_sam.coding import code_length, decode, encode
 from peft_sam.support import check_support
 
 
@@ -83,7 +83,11 @@ class SparseDelta(nn.Module):
 
     def can_hold(self, indices: Tensor) -> bool:
         """Whether this support can take the old one's place in the tensors that are there."""
-        return len(self.indices) == len(indices) and not self.values.is_meta
+        return len(self.values) == len(indices) and not self.values.is_meta
+
+    def hold(self, indices: Tensor) -> None:
+        """Put another support of the same size in the old one's place."""
+        self.indices.copy_(indices)
 
     def checked_indices(self) -> Tensor:
         """The support, checked once against the parameter: values may come from a file through any door.
@@ -159,9 +163,9 @@ class CodedDelta(SparseDelta):
         found: Tensor = self.derive("indices", _decoded)
         return found
 
-    def can_hold(self, indices: Tensor) -> bool:
-        """Never: what is chosen or read here is held as it is."""
-        return False
+    def hold(self, indices: Tensor) -> None:
+        """Put another support of the same size, and so with a code of the same length, in the old one's place."""
+        self.support.copy_(encode(indices, self.shape.numel()))
 
 
 def _decoded(delta: CodedDelta) -> Tensor:

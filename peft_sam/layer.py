@@ -132,7 +132,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
                 delta.values.requires_grad_(requires_grad)
                 keep_equal(delta.values, parameter)
             else:
-                delta.indices.copy_(indices)
+                delta.hold(indices)
             with torch.no_grad():
                 if values is None:
                     delta.values.zero_()

@@ -256,6 +256,6 @@ class SamModel(BaseTuner):
                 {key: values for key, (_, values) in parts.items()},
             )
         if replaces or config.counts != counts_in(found):
-            record_counts(config, layers, adapter_name)
+            record_counts(config, layers, adapter_name, {} if replaces else config.selection)
         loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded

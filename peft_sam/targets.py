@@ -55,9 +55,12 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_target(config: SamConfig, path: str) -> Any:
     """Whether a config targets the module at `path` in a model: PEFT's answer, which also tells what is excluded.
 
-    What another adapter trains densely is no module of the base model.
+    What another adapter trains densely is no module of the base model, and a tuner layer stands for what it wraps.
     """
-    return "modules_to_save" not in path.split(".") and check_target_module_exists(config, base_name(path))
+    parts = path.split(".")
+    if "modules_to_save" in parts or parts[-1] == "base_layer":
+        return False
+    return check_target_module_exists(config, base_name(path))
 
 
 def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:

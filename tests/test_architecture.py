@@ -47,6 +47,7 @@ ADAPTING = [
     "injection",
     "arithmetic",
     "model",
+    "hotswap",
 ]
 STAIRS = [
     "report",

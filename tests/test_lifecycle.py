@@ -19,8 +19,10 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
+from peft.tuners.tuners_utils import _get_in_out_features
 from torch import Tensor, nn
 from transformers import BertModel, DebertaConfig, DebertaModel
+from transformers.pytorch_utils import Conv1D
 
 from peft_sam import SamConfig, select_parameters
 from peft_sam.candidates import deltas_of
@@ -256,14 +258,10 @@ def test_loading_a_second_adapter_leaves_frozen_what_was_frozen(tmp_path: Path) 
 def test_layers_tell_their_features_as_peft_s_do(case: ModuleCase) -> None:
     base = case.make()
     for name, layer in sam_layers(get_peft_model(copy.deepcopy(base), config(target_modules="all"))).items():
-        module: Any = base.get_submodule(name)
-        sizes = {
-            nn.Linear: lambda m: (m.in_features, m.out_features),
-            nn.Embedding: lambda m: (m.num_embeddings, m.embedding_dim),
-        }.get(type(module), lambda m: (m.in_channels, m.out_channels) if "Conv" in type(m).__name__ else (None, None))
-        if type(module).__name__ == "Conv1D":
-            sizes = lambda m: tuple(m.weight.shape)  # noqa: E731
-        assert (layer.in_features, layer.out_features) == sizes(module), name
+        module = base.get_submodule(name)
+        known = isinstance(module, (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D))
+        expected = _get_in_out_features(module) if known else (None, None)
+        assert (layer.in_features, layer.out_features) == expected, name
 
 
 def test_two_adapters_from_one_config_start_from_different_small_deltas() -> None:
@@ -352,3 +350,39 @@ def test_a_mixed_model_loads_sparse_adapters_and_takes_out_those_that_do_not_fit
         mixed.load_adapter(tmp_path / "other", "third")
     assert mixed.state_dict().keys() == keys
     assert set(mixed.peft_config) == {"default", "again"}
+
+
+class Stack(nn.Module):
+    """Layers under a name of its own, as an older architecture had them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class Inside(nn.Module):
+    """The same layers one level down, as a newer architecture has them."""
+
+    def __init__(self, stack: Stack) -> None:
+        super().__init__()
+        self.body = stack
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+def test_an_adapter_follows_its_base_model_to_new_names(tmp_path: Path) -> None:
+    stack, x = Stack(), torch.randn(2, 5)
+    old = get_peft_model(copy.deepcopy(stack), config(density=0.5))
+    old.save_pretrained(tmp_path)
+    new = PeftModel.from_pretrained(Inside(copy.deepcopy(stack)), tmp_path, key_mapping={"^layers": "body.layers"})
+    assert torch.equal(new(x), old(x))
+    before, after = (model.peft_config["default"].selection for model in (old, new))
+    assert after["counts"] == {f"body.{name}": number for name, number in before["counts"].items()}
+    assert after["score"] == before["score"] == "random"
+    new.save_pretrained(tmp_path / "new")
+    again = PeftModel.from_pretrained(Inside(stack), tmp_path / "new")
+    assert torch.equal(again(x), old(x))
