@@ -198,6 +198,15 @@ def test_hooks_on_the_base_layer_run() -> None:
     assert len(seen) == 1
 
 
+def test_a_tensor_that_hides_a_parameter_is_replaced_too() -> None:
+    model, base = adapt(next(case for case in MODULES if case.name == "layer norm"), torch.float32)
+    dense, x = adapted_copy(base, model.base_model.sparse_deltas()), torch.randn(3, 8)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__dict__["weight"] = module.weight.detach()  # as FSDP1 does while the module runs
+    torch.testing.assert_close(model(x), dense(x))
+
+
 def test_a_pending_adapter_infers_like_the_base_and_refuses_to_train() -> None:
     case = MODULES[0]
     base = case.make()
