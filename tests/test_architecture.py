@@ -43,6 +43,7 @@ ADAPTING = [
     "checkpoint",
     "fingerprint",
     "candidates",
+    "fastpath",
     "injection",
     "arithmetic",
     "model",
