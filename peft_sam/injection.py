@@ -23,6 +23,7 @@ from peft_sam.candidates import (
 )
 from peft_sam.checkpoint import layers_with, sam_layers
 from peft_sam.config import SamConfig
+from peft_sam.fastpath import have_children_called
 from peft_sam.fingerprint import check_base
 from peft_sam.layer import SamLayer
 from peft_sam.layers import make_layer
@@ -61,6 +62,7 @@ def inject(
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _inject_nested(tuner, model, adapter_name, config)
         _tie(tuner, model, adapter_name, config)
+        have_children_called(model)
         if config.selection is not None:
             check_base(sam_layers(model), config.fingerprints, config.strict_base)
         low_cpu_mem_usage = low_cpu_mem_usage or _made_empty(model, adapter_name)

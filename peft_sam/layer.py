@@ -292,11 +292,12 @@ class SamLayer(nn.Module, BaseTunerLayer):
 
     def __getattr__(self, name: str) -> Any:
         # Model code reads attributes of its modules (`embed.padding_idx`, `experts.num_experts`) and looks up their
-        # children; private names stay private, since hooks keep their state there.
+        # children; private names stay private, since hooks keep their state there, but for one that torch's encoder
+        # layers read of their attention.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or name == "base_layer":
+            if name == "base_layer" or (name.startswith("_") and name != "_qkv_same_embed_dim"):
                 raise
             return getattr(self.base_layer, name)
 

@@ -15,6 +15,7 @@ from peft_sam.candidates import deltas_of, has_support, record_counts
 from peft_sam.checkpoint import KEY, check_others, counts_in, layers_with, read_file, sam_layers, to_file
 from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
+from peft_sam.fastpath import restore_fast_paths
 from peft_sam.fingerprint import fingerprints
 from peft_sam.injection import adapt, inject, replace, withdraw
 from peft_sam.layer import SamLayer
@@ -153,7 +154,9 @@ class SamModel(BaseTuner):
         """PEFT's, for `unload` and `merge_and_unload`: if an adapter cannot be merged, the model stays as it is."""
         if merge:
             self._check_merge(sam_layers(self.model).values(), adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore_fast_paths(model)
+        return model
 
     def _check_merge(self, layers: Iterable[SamLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names

@@ -9,7 +9,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# Children whose parameters a module reads without calling them: they are candidates of the module itself.
+# Children whose parameters a module reads without calling them.
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
 # Quantised linear layers that are no nn.Linear, by the name of a class, and the parameter or buffer that holds their
@@ -33,8 +33,14 @@ def features(module: nn.Module) -> tuple[int | None, ...]:
     return None, None
 
 
+def read_not_called(module: nn.Module) -> tuple[str, ...]:
+    """The children whose parameters are candidates of the module itself; lists of parameters are such, too."""
+    lists = [name for name, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))]
+    return (*READ_NOT_CALLED.get(type(module), ()), *lists)
+
+
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters that `module` owns, by name relative to it, those of READ_NOT_CALLED children included.
+    """The parameters that `module` owns, by name relative to it, those of `read_not_called` children included.
 
     For a weight that is packed (quantised) or elsewhere (offloaded, ZeRO-3) a stand-in tells shape, dtype and device.
     """
@@ -49,7 +55,7 @@ def stored_parameters(module: nn.Module) -> dict[str, Tensor]:
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if (packed := packed_weight(module)) is not None:
         own["weight"] = own.pop(packed) if packed in own else module.get_buffer(packed)
-    for child in READ_NOT_CALLED.get(type(module), ()):
+    for child in read_not_called(module):
         own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
     return own
 

@@ -34,6 +34,7 @@ def _copy_with(module: nn.Module, replaced: Mapping[str, Tensor]) -> nn.Module:
             children.setdefault(child, {})[rest] = tensor
         else:
             copy._parameters[name] = tensor  # type: ignore[assignment]
+            copy.__dict__.pop(name, None)  # FSDP1 puts views of its own there
     for child, tensors in children.items():
         copy._modules[child] = _copy_with(module.get_submodule(child), tensors)
     if isinstance(module, nn.RNNBase):  # reads its weights from this list

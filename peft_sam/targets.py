@@ -18,7 +18,7 @@ from peft_sam._peft import (
     check_target_module_exists,
 )
 from peft_sam.config import SamConfig
-from peft_sam.owned import READ_NOT_CALLED, is_packed_linear, own_parameters
+from peft_sam.owned import is_packed_linear, own_parameters, read_not_called
 
 # What tuners, modules_to_save, and wrappers of torch (compiling, FSDP, checkpointing) put in a module's path.
 WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -44,7 +44,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 inside = here
             while isinstance(child, BaseTunerLayer):
                 child, inside = child.base_layer, f"{inside}.base_layer"
-            if id(child) not in seen and name not in READ_NOT_CALLED.get(type(module), ()):
+            if id(child) not in seen and name not in read_not_called(module):
                 seen.add(id(child))
                 yield here, child
                 yield from below(child, f"{inside}.")

@@ -66,6 +66,40 @@ class Attention(nn.Module):
         return self.attention(x, x, x, need_weights=False)[0]
 
 
+class Encoder(nn.Module):
+    """torch's own transformer encoder, which reads its children's weights past them in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+class Lists(nn.Module):
+    """A module with lists of parameters, which it reads, since they cannot be called."""
+
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.matrices = nn.ParameterList([torch.randn(8, 8) / 3 for _ in range(2)])
+            self.shifts = nn.ParameterDict({"first": torch.randn(8), "last": torch.randn(8)})
+
+        def forward(self, x: Tensor) -> Tensor:
+            for matrix, shift in zip(self.matrices, self.shifts.values(), strict=True):
+                x = x @ matrix + shift
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = self.Scales()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scales(x)
+
+
 class Recurrent(nn.Module):
     """An LSTM, which reads its weights from a list of its own."""
 
@@ -161,6 +195,8 @@ MODULES = [
     ModuleCase("conv3d", lambda: Sequential(nn.Conv3d(2, 3, 2)), _numbers(2, 2, 4, 4, 4)),
     ModuleCase("layer norm", lambda: Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), _numbers(3, 8)),
     ModuleCase("multi-head attention", Attention, _numbers(2, 5, 8)),
+    ModuleCase("transformer encoder", Encoder, _numbers(2, 5, 8)),
+    ModuleCase("lists of parameters", Lists, _numbers(2, 8)),
     ModuleCase("LSTM", Recurrent, _numbers(2, 5, 8)),
     ModuleCase("nested targets", Nested, _numbers(3, 8)),
     ModuleCase("experts", Experts, _numbers(2, 5, 8)),

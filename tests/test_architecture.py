@@ -44,6 +44,7 @@ ADAPTING = [
     "checkpoint",
     "fingerprint",
     "candidates",
+    "fastpath",
     "injection",
     "arithmetic",
     "model",

@@ -8,8 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from torch import Tensor
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from torch import Tensor, nn
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -39,7 +49,7 @@ TASKS = [
     ("QUESTION_ANS", lambda: BertForQuestionAnswering(bert().config), "qa_outputs"),
     ("CAUSAL_LM", gpt2, None),
     ("SEQ_2_SEQ_LM", t5, None),
-    ("FEATURE_EXTRACTION", lambda: BertModel(bert().config, add_pooling_layer=False), None),
+    ("FEATURE_EXTRACTION", lambda: BertModel(bert().config), None),
 ]
 cases = pytest.mark.parametrize(("task", "make", "head"), TASKS, ids=[f"{task}-{head}" for task, _, head in TASKS])
 
@@ -72,6 +82,44 @@ def test_a_task_type_selects_trains_saves_and_loads_with_its_head(
     loaded = PeftModel.from_pretrained(untouched, tmp_path)
     assert torch.equal(loss_of(loaded, batch), after)
     assert type(loaded) is type(model)
+
+
+AUTO_CLASSES = {
+    "SEQ_CLS": AutoPeftModelForSequenceClassification,
+    "TOKEN_CLS": AutoPeftModelForTokenClassification,
+    "QUESTION_ANS": AutoPeftModelForQuestionAnswering,
+    "CAUSAL_LM": AutoPeftModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoPeftModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": AutoPeftModelForFeatureExtraction,
+}
+
+
+@cases
+def test_peft_s_auto_classes_load_base_and_adapter(tmp_path: Path, task: str, make: Any, head: str | None) -> None:
+    make().save_pretrained(tmp_path / "base")
+    base = type(make()).from_pretrained(tmp_path / "base").eval()
+    model = get_peft_model(base, SamConfig(task_type=task, score="random", density=0.1, init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    batch = {"input_ids": IDS, **LABELS[task]}
+    loaded = AUTO_CLASSES[task].from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loss_of(loaded.eval(), batch), loss_of(model.eval(), batch))
+
+
+def test_a_batch_norm_that_is_trained_densely_comes_back_with_its_statistics(tmp_path: Path) -> None:
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 2))
+    model = get_peft_model(
+        copy.deepcopy(base), SamConfig(target_modules=["0"], modules_to_save=["1", "3"], score="random", density=0.2)
+    )
+    optimizer, x = torch.optim.AdamW(model.parameters(), lr=0.1), torch.randn(5, 3, 6, 6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    with model.disable_adapter():
+        assert torch.equal(model(x), base.eval()(x))
 
 
 @pytest.mark.parametrize(("task", "make", "heads"), [

@@ -134,6 +134,31 @@ def test_merged_and_unmerged_forward_agree(case: ModuleCase) -> None:
 
 
 @pytest.mark.parametrize("case", MODULES, ids=names)
+@torch.no_grad()
+def test_inference_in_eval_mode_equals_the_dense_model_s(case: ModuleCase) -> None:
+    model, base = adapt(case)
+    dense, x = adapted_copy(base, model.base_model.sparse_deltas()).eval(), make_input(case, torch.float64)
+    torch.testing.assert_close(model.eval()(x), dense(x))
+    switches = {name: dict(vars(module)) for name, module in base.eval().named_modules()}
+    for name, module in model.unload().named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
+        assert plain == {k: v for k, v in switches[name].items() if k in plain}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")  # the dense model's
+@pytest.mark.parametrize("targets", ["all", ["linear1"], ["self_attn"], ["norm2"]])
+@torch.no_grad()
+def test_torch_s_encoder_calls_its_adapted_children_whatever_is_padded(targets: Any) -> None:
+    base = next(case for case in MODULES if case.name == "transformer encoder").make().eval()
+    options: dict[str, Any] = {"score": "random", "density": 0.5, "init_weights": False}
+    model = get_peft_model(copy.deepcopy(base), SamConfig(target_modules=targets, **options)).eval()
+    dense = adapted_copy(base, model.base_model.sparse_deltas()).encoder
+    x, padded = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    found = model.get_base_model().encoder(x, src_key_padding_mask=padded)
+    torch.testing.assert_close(found[~padded], dense(x, src_key_padding_mask=padded)[~padded])
+
+
+@pytest.mark.parametrize("case", MODULES, ids=names)
 def test_unload_gives_the_base_model_back(case: ModuleCase) -> None:
     model, base = adapt(case, torch.float32)
     model.merge_adapter()
@@ -196,6 +221,15 @@ def test_hooks_on_the_base_layer_run() -> None:
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     torch.testing.assert_close(model(torch.ones(2, 8)), plain)
     assert len(seen) == 1
+
+
+def test_a_tensor_that_hides_a_parameter_is_replaced_too() -> None:
+    model, base = adapt(next(case for case in MODULES if case.name == "layer norm"), torch.float32)
+    dense, x = adapted_copy(base, model.base_model.sparse_deltas()), torch.randn(3, 8)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.__dict__["weight"] = module.weight.detach()  # as FSDP1 does while the module runs
+    torch.testing.assert_close(model(x), dense(x))
 
 
 def test_a_pending_adapter_infers_like_the_base_and_refuses_to_train() -> None:
