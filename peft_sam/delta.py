@@ -67,7 +67,9 @@ class SparseDelta(nn.Module):
 
     @property
     def pending(self) -> bool:
-        """Whether there is no support yet."""
+        """Whether there is no support yet, or none in memory."""
+        if getattr(self, self.form).is_meta:
+            return True
         return bool(self.derive("pending", lambda indices: len(indices) == 0 or int(indices[0]) < 0))
 
     def derive(self, key: Any, function: Callable[[Tensor], Any]) -> Any:
