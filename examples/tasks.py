@@ -227,7 +227,7 @@ def _task(
     )
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file."""
     if not file.is_file():
         raise FileNotFoundError(f"Expected the file {file}, found none: put it there or name another folder.")
@@ -243,8 +243,8 @@ def folder_task(folder: str | Path, name: str) -> Task:
     if name not in KNOWN:
         raise ValueError(f"Expected a task of {sorted(KNOWN)}, got {name!r}: choose one of these.")
     place, known = Path(folder, name), KNOWN[name]
-    train, validation = _read_lines(place / "train.jsonl"), _read_lines(place / "test.jsonl")
-    tuning = _read_lines(place / "val.jsonl") if (place / "val.jsonl").is_file() else None
+    train, validation = read_lines(place / "train.jsonl"), read_lines(place / "test.jsonl")
+    tuning = read_lines(place / "val.jsonl") if (place / "val.jsonl").is_file() else None
     return _task(name, known.classes, known.metric, train, validation, tuning)
 
 

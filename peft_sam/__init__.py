@@ -18,8 +18,10 @@ from peft_sam.card import complete_card
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
 from peft_sam.delta import PendingAdapterError, SparseDelta
+from peft_sam.export import ExportReport, export_adapter
 from peft_sam.fingerprint import OtherBaseWarning
 from peft_sam.gradients import GradientStatistics, Loss, accumulate
+from peft_sam.hotswap import register_swap
 from peft_sam.layer import SamLayer
 from peft_sam.model import SamModel
 from peft_sam.report import SelectionReport, selection_report
@@ -29,6 +31,7 @@ from peft_sam.selector import choose_for, select_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "ExportReport",
     "GradientStatistics",
     "Loss",
     "OtherBaseWarning",
@@ -40,9 +43,11 @@ __all__ = [
     "SparseDelta",
     "accumulate",
     "choose",
+    "export_adapter",
     "select_parameters",
     "selection_report",
 ]
 
 SamModel.chooser = staticmethod(choose_for)
 _peft.register(SamConfig, SamModel, SamLayer, complete_card, OtherBaseWarning)
+register_swap()

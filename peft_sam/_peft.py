@@ -1,4 +1,4 @@
-"""The one door to names that PEFT keeps private, and the only place that changes PEFT's tables.
+"""The one door to names that PEFT keeps private, and with `hotswap` the only place that changes PEFT's tables.
 
 Everything else in this package uses what PEFT documents. If a name below moves, the import fails here, with the
 range of PEFT versions that is known to work.
@@ -6,7 +6,6 @@ range of PEFT versions that is known to work.
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import warnings
@@ -26,7 +25,7 @@ try:
     import peft.mixed_model
     import peft.tuners.mixed
     import peft.tuners.mixed.model as mixed
-    from peft import PeftModel
+    from peft import PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
     from peft.mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -39,8 +38,15 @@ try:
         check_adapters_to_merge,
         check_target_module_exists,
     )
-    from peft.utils import PeftType, save_and_load
+    from peft.utils import PeftType, hotswap, save_and_load
     from peft.utils.error import NoMatchingPeftModuleError
+    from peft.utils.hotswap import (
+        _convert_scalings_to_tensor as prepare_swap,
+    )
+    from peft.utils.hotswap import (
+        hotswap_adapter_from_state_dict,
+        load_peft_weights,
+    )
     from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
     from peft.utils.other import AuxiliaryTrainingWrapper
     from peft.utils.quantization_utils import (
@@ -66,7 +72,12 @@ __all__ = [
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
+    "hotswap",
+    "hotswap_adapter_from_state_dict",
+    "load_peft_weights",
     "magnitude_prune",
+    "pickle_allowed",
+    "prepare_swap",
     "quantization_backend",
     "register",
     "task_arithmetic",
@@ -75,12 +86,16 @@ __all__ = [
 
 # A reloaded module finds its own wrappers in place and unwraps them.
 _write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
+_from_pretrained = inspect.unwrap(PeftModel.from_pretrained.__func__)
 _load_adapter = inspect.unwrap(PeftModel.load_adapter)
 _save_pretrained = inspect.unwrap(PeftModel.save_pretrained)
 _torch_load = inspect.unwrap(save_and_load.torch_load)
 
+# The heads that PEFT trains densely for a task, entered in the config only after the adapter is made.
+HEADS = {PeftModelForTokenClassification: ("classifier", "score"), PeftModelForQuestionAnswering: ("qa_outputs",)}
+
 # Whether the file that PEFT is reading may be a pickle.
-_pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
+pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
 
 
 def _add_member(name: str) -> PeftType:
@@ -122,10 +137,10 @@ def register(
     config_cls: type,
     model_cls: Any,
     layer_cls: type,
-    complete_card: Callable[[Any, Path], None],
+    complete_card: Callable[[Any, str, Path], None],
     other_base: type[Warning],
 ) -> None:
-    """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, the text of the model card, and files.
+    """Enter the method in PEFT's tables: config, tuner, prefix, mixed model, heads, the text of the card, and files.
 
     Called again it replaces what it entered before, so that a reloaded module works.
     """
@@ -134,8 +149,9 @@ def register(
     PEFT_TYPE_TO_PREFIX_MAPPING[SAM_SPARSE] = model_cls.prefix
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING[SAM_SPARSE] = model_cls
     _register_mixed(config_cls, model_cls, layer_cls)
+    _register_configs(config_cls)
     _register_card(config_cls, complete_card)
-    _register_files(config_cls, other_base)
+    _register_files(config_cls, model_cls, other_base)
 
 
 def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
@@ -158,12 +174,10 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
                 super()._create_and_replace(config, *args, **kwargs)
 
         def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-            sparse = isinstance(self.peft_config[adapter_name], config_cls)
-            if sparse:
-                self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if sparse:
-                model_cls.finish_injection(self, model, adapter_name)
+            if isinstance(self.peft_config[adapter_name], config_cls):
+                model_cls.inject(self, super().inject_adapter, model, adapter_name, *args, **kwargs)
+            else:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     if SAM_SPARSE not in mixed.COMPATIBLE_TUNER_TYPES:
         mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, SAM_SPARSE)
@@ -175,8 +189,51 @@ def _register_mixed(config_cls: type, model_cls: Any, layer_cls: type) -> None:
     peft.mixed_model.MixedModel = MixedModel
 
 
-def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None]) -> None:
+def _register_configs(config_cls: type) -> None:
+    """Have PEFT, which takes a config for the adapter's own, go along with adapters that have copies of it.
+
+    The heads of a task are entered before the copy is made. A config that is given to `from_pretrained` becomes the
+    adapter's.
+    """
+    for task, heads in HEADS.items():
+        _enter_heads_first(task, heads, config_cls)
+
+    @functools.wraps(_from_pretrained)
+    def from_pretrained(
+        cls: Any,
+        model: Any,
+        model_id: Any,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: Any = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        found = _from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+        if isinstance(config, config_cls):
+            vars(config).update(vars(found.peft_config[adapter_name]))
+            found.peft_config[adapter_name] = config
+        return found
+
+    PeftModel.from_pretrained = classmethod(from_pretrained)
+
+
+def _enter_heads_first(task: Any, heads: tuple[str, ...], config_cls: type) -> None:
+    plain = inspect.unwrap(task.__init__)
+
+    @functools.wraps(plain)
+    def __init__(self: Any, model: Any, peft_config: Any = None, *args: Any, **kwargs: Any) -> None:
+        if issubclass(type(peft_config), config_cls):
+            peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or ()), *heads]))
+        plain(self, model, peft_config, *args, **kwargs)
+
+    task.__init__ = __init__
+
+
+def _register_card(config_cls: type, complete_card: Callable[[Any, str, Path], None]) -> None:
     """Have PEFT's model card say what a sparse adapter is, also when `push_to_hub` writes a card of its own.
+
+    Of several sparse adapters the card describes "default", which PEFT saves beside it, or else the first.
 
     `push_to_hub` saves the adapter, then overwrites its card with an empty template; the card is written once
     more before the upload.
@@ -185,9 +242,9 @@ def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None])
     @functools.wraps(_write_plain_card)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         _write_plain_card(self, output_dir)
-        for config in self.peft_config.values():
-            if isinstance(config, config_cls):
-                complete_card(config, Path(output_dir) / "README.md")
+        names = [name for name, config in self.peft_config.items() if isinstance(config, config_cls)]
+        if names:
+            complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
 
     def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(config, config_cls) for config in self.peft_config.values()):
@@ -198,7 +255,7 @@ def _register_card(config_cls: type, complete_card: Callable[[Any, Path], None])
     PeftModel._upload_modified_files = _upload_modified_files
 
 
-def _register_files(config_cls: type, other_base: type[Warning]) -> None:
+def _register_files(config_cls: type, model_cls: Any, other_base: type[Warning]) -> None:
     """Have a sparse adapter that cannot be loaded taken out again, `strict_base` obeyed, and no file be a pickle.
 
     PEFT adds an adapter before it reads the file.
@@ -211,31 +268,36 @@ def _register_files(config_cls: type, other_base: type[Warning]) -> None:
         def is_ours() -> bool:
             return isinstance(self.peft_config.get(adapter_name), config_cls)
 
-        new = adapter_name not in self.peft_config or (is_ours() and self.base_model.awaits_file(adapter_name))
-        token = _pickle_allowed.set(lambda: not is_ours())
+        new = adapter_name not in self.peft_config or (
+            is_ours() and model_cls.awaits_file(self.base_model, adapter_name)
+        )
+        token = pickle_allowed.set(lambda: not is_ours())
         try:
             with warnings.catch_warnings() if strict_base else nullcontext():
                 if strict_base:
                     warnings.simplefilter("error", other_base)
-                return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                result = _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                if is_ours():
+                    self.base_model.stay_at_hand(adapter_name)
+                return result
         except BaseException as error:
             if isinstance(error, other_base):
                 raise ValueError(str(error)) from None
             if not is_ours():
                 raise
             if new:
-                self.base_model.withdraw(adapter_name)
+                model_cls.withdraw(self.base_model, adapter_name)
             if isinstance(error, SafetensorError):
                 raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
             if isinstance(error, KeyError):
                 raise ValueError(f"the adapter file of {str(model_id)!r} lacks the tensor {error}.") from error
             raise
         finally:
-            _pickle_allowed.reset(token)
+            pickle_allowed.reset(token)
 
     @functools.wraps(_torch_load)
     def torch_load(*args: Any, **kwargs: Any) -> Any:
-        if not _pickle_allowed.get()():
+        if not pickle_allowed.get()():
             raise ValueError(
                 "the adapter file is a pickle (adapter_model.bin); SAM sparse adapters are safetensors files only, "
                 "which cannot run code: get, or save again, adapter_model.safetensors."

@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from peft_sam._peft import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft_sam.delta import SparseDelta
 from peft_sam.layer import SamLayer
+from peft_sam.owned import head_of
 from peft_sam.selection import Selection
 
 # combination → of values (one tensor per adapter), weights, density, and how the majority sign is found
@@ -70,6 +72,32 @@ def combine(
         every.append(values)
     of_weights = torch.tensor(weights, dtype=dtype, device=device)
     return union, COMBINATIONS[combination](every, of_weights, density, majority_sign_method)
+
+
+@torch.no_grad()
+def combine_heads(
+    model: nn.Module,
+    adapters: Sequence[str],
+    adapter_name: str,
+    combination: str,
+    *,
+    weights: Sequence[float],
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """Give an adapter the heads (`modules_to_save`) that combine what others changed: H⁰ + Σ weight · (H - H⁰).
+
+    H⁰ is the head that the model has without adapters; an adapter without a head has not changed it.
+    """
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
+            continue
+        heads = [head_of(wrapper, name) for name in adapters]
+        for name, new in head_of(wrapper, adapter_name).named_parameters():
+            start = wrapper.original_module.get_parameter(name).double()
+            changes = [head.get_parameter(name).double() - start for head in heads]
+            of_weights = torch.tensor(weights, dtype=start.dtype, device=start.device)
+            new.copy_(start + COMBINATIONS[combination](changes, of_weights, density, majority_sign_method))
 
 
 class Combined:

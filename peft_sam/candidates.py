@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from peft_sam.checkpoint import sam_layers
+from peft_sam._peft import NoMatchingPeftModuleError
+from peft_sam.checkpoint import counts_in, layers_with, modules_in, read_file, sam_layers
 from peft_sam.config import SamConfig
 from peft_sam.delta import SparseDelta
 from peft_sam.fingerprint import fingerprints
@@ -15,6 +18,7 @@ from peft_sam.layer import SamLayer
 from peft_sam.owned import stored_parameters
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
+from peft_sam.targets import resolve_targets
 
 
 def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
@@ -78,7 +82,7 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
                 + ("is no candidate of this adapter" if here is None else f"has shape {tuple(here)} in this adapter")
                 + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
             )
-    layers = sam_layers(model)
+    layers = layers_with(model, adapter_name)
     supports = {
         module: {n: found for n in layer.deltas(adapter_name) if len(found := selection.indices[f"{module}.{n}"])}
         for module, layer in layers.items()
@@ -89,7 +93,7 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
 
 def share_support(model: nn.Module, like: str, adapter_name: str, config: SamConfig) -> None:
     """Give an adapter the support of another, `like`, with deltas of zero."""
-    layers = sam_layers(model)
+    layers = layers_with(model, like)
     supports = {module: {n: d.indices for n, d in layer.deltas(like).items()} for module, layer in layers.items()}
     _start(layers, adapter_name, config, supports)
 
@@ -98,8 +102,49 @@ def _start(
     layers: Mapping[str, SamLayer], adapter_name: str, config: SamConfig, supports: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Supports by module and parameter, with the deltas that training starts from."""
-    generator = torch.Generator().manual_seed(config.seed)
     for module, layer in layers.items():
         layer.set_support(adapter_name, supports[module])
         if not config.init_weights:
-            layer.reset_values(adapter_name, generator)
+            layer.reset_values(adapter_name)
+
+
+def target_as(state: Mapping[str, Tensor], config: SamConfig, model: nn.Module) -> None:
+    """Have a config target the modules that a state dict has deltas for, whatever it targets by itself.
+
+    Warns, as PEFT does, if it would not have targeted one of them.
+    """
+    named, own = modules_in(state), copy.copy(config)
+    try:
+        expected = resolve_targets(own, model)
+    except NoMatchingPeftModuleError:
+        expected = set()
+    if extra := sorted(named - expected):
+        warnings.warn(
+            "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
+            "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. The "
+            f"state_dict contained these additional target modules: {extra}.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    config.target_modules = named  # type: ignore[assignment]
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+
+
+def support_as(state: Mapping[str, Tensor], config: SamConfig, model: nn.Module, adapter_name: str) -> None:
+    """Give an adapter that was injected for a state dict its supports, with deltas of zero."""
+    layers = layers_with(model, adapter_name)
+    found = read_file(state, layers, adapter_name, config.counts)
+    supports = {module: {name: indices for name, (indices, _) in found.get(module, {}).items()} for module in layers}
+    _start(layers, adapter_name, config, supports)
+    if config.counts != counts_in(found):
+        record_counts(config, layers, adapter_name)
+
+
+def record_counts(
+    config: SamConfig, layers: Mapping[str, SamLayer], adapter_name: str, known: Mapping[str, Any] | None = None
+) -> None:
+    """Write in the config what the adapter has, where that did not come with the config, besides what is `known`."""
+    deltas = {f"{module}.{n}": d for module, layer in layers.items() for n, d in layer.deltas(adapter_name).items()}
+    counts = {name: len(delta.values) for name, delta in deltas.items()}
+    about = {**(known or {}), "k": sum(counts.values()), "counts": counts}
+    config.record(about, fingerprints(layers, adapter_name))

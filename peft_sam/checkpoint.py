@@ -27,18 +27,26 @@ KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<
 
 
 def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
-    """The sparse layers of a model by module name in the unwrapped base model, in its order."""
+    """The sparse layers of a model by module name in the unwrapped base model, in its order.
+
+    A module that an adapter trains densely is a copy of the base model's, with copies of its sparse layers: not those.
+    """
     return {
         base_name(name).removeprefix(PEFT_PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, SamLayer)
+        if isinstance(module, SamLayer) and "modules_to_save" not in name.split(".")
     }
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SamLayer]:
+    """Those that an adapter targets."""
+    return {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
 
 
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
     """The names of the modules that a state dict has deltas for."""
     matches = (KEY.match(key) for key in state)
-    return {_module(match["module"]) for match in matches if match}
+    return {module_of(match["module"]) for match in matches if match}
 
 
 def to_file(
@@ -55,19 +63,21 @@ def to_file(
             raise PendingAdapterError(adapter_name, "saved")
     written = {}
     for key, tensor in state.items():
+        key = key.replace(".original_module.", ".")
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         parameter, _, part = after.rpartition(".")
         if part == "indices":
-            delta = layers[_module(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
+            delta = layers[module_of(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
             written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
         elif part == "values" and save_dtype is not None:
-            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{_module(before)}.{parameter}")
+            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
         else:
             written[key] = tensor
     return written
 
 
-def _module(path: str) -> str:
+def module_of(path: str) -> str:
+    """The name in the unwrapped base model of the module at `path` in a model or a file."""
     return base_name(path).removeprefix(PEFT_PREFIX)
 
 
@@ -100,7 +110,7 @@ def read_file(
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
         if match := KEY.match(key):
-            found[_module(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
+            found[module_of(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
     if not found:
         raise ValueError(
             "the adapter file holds no sparse deltas (no key with '.sam_sparse_delta.'): it is not a SAM sparse "
@@ -119,8 +129,14 @@ def read_file(
                     "not target: the adapter was made for another base model, or the file is damaged."
                 )
             checked[module][name] = _check_delta(full, parts, own[name])
-    _check_counts(checked, counts)
+    if counts is not None:
+        _check_counts(counts_in(checked), counts, layers)
     return checked
+
+
+def counts_in(found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, int]:
+    """Entries per parameter name of what `read_file` found."""
+    return {f"{module}.{name}": len(i) for module, parts in found.items() for name, (i, _) in parts.items()}
 
 
 def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: str, shapes: bool) -> None:
@@ -156,7 +172,10 @@ def _embedding_paths(model: nn.Module) -> Iterator[str]:
     if not hasattr(model, "get_input_embeddings"):
         return
     peft_model: Any = model
-    found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    try:
+        found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    except NotImplementedError:  # a model with several, such as CLIP
+        return
     yield from (f"{name}." for name, module in model.named_modules() if id(module) in found)
 
 
@@ -186,10 +205,14 @@ def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> t
     return indices, values
 
 
-def _check_counts(checked: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], counts: Mapping[str, int] | None) -> None:
-    if counts is None:
-        return
-    in_file = {f"{module}.{name}": len(i) for module, of in checked.items() for name, (i, _) in of.items()}
+def _check_counts(in_file: Mapping[str, int], counts: Mapping[str, int], layers: Mapping[str, SamLayer]) -> None:
+    # A base model may have got other names since, which PEFT's key_mapping brought into the file: those that are gone
+    # must have as many entries as those that are new.
+    here = {f"{module}.{name}" for module, layer in layers.items() for name in layer.parameters_below()}
+    gone = {name: number for name, number in counts.items() if name not in here}
+    new = {name: number for name, number in in_file.items() if name not in counts}
+    if gone and sorted(gone.values()) == sorted(new.values()):
+        counts = {name: number for name, number in counts.items() if name in here} | new
     for name in sorted(in_file.keys() | counts.keys()):
         if in_file.get(name, 0) != counts.get(name, 0):
             raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peft_sam.processes import Processes
-from peft_sam.scores import SCORES
+from peft_sam.scores import MADE_INPUTS, SCORES
 from peft_sam.selection import Selection
 from peft_sam.shards import is_sharded, local, sharing, start_of
 from peft_sam.threshold import bits_of, budget_of, largest
@@ -34,14 +34,14 @@ def choose(
             statistics of its shard, and all call this; every process gets the whole selection.
         score: a row of `scores.SCORES`.
         density, budget: p and how k comes from it, as in `SamConfig`.
-        seed: of the score "random".
+        seed: of the scores with noise.
         statistics: statistic → parameter name → tensor, for a score that needs data.
 
     Raises:
         ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
     """
     statistics = statistics or {}
-    over = None if SCORES[score].inputs == ("noise",) else sharing(parameters)
+    over = sharing(parameters) if SCORES[score].reads_tensors else None
     scores = {}
     for name, parameter in parameters.items():
         inputs = {kind: of[name] for kind, of in statistics.items()}
@@ -89,8 +89,9 @@ class ChunkedScores:
         self.numel = next(iter(statistics.values()), parameter).numel()
         # the CPU generator reads 32 bits of its seed
         self.seed = zlib.crc32(f"{seed} {name}".encode())
+        self.is_bias = parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias")
         sources = {"weight": parameter, **statistics}
-        self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind != "noise"}
+        self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind not in MADE_INPUTS}
         for kind, tensor in self.sources.items():
             if tensor.is_meta:
                 raise ValueError(
@@ -107,4 +108,6 @@ class ChunkedScores:
             inputs = {kind: tensor[start:stop] for kind, tensor in flat.items()}
             if "noise" in self.row.inputs:
                 inputs["noise"] = torch.rand(stop - start, generator=generator)
+            if "is_bias" in self.row.inputs:
+                inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias))
             yield bits_of(self.row.function(**inputs))

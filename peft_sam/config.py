@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,7 +72,9 @@ class SamConfig(PeftConfig):
             "Conv1D is recognised by its type."
         },
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the score 'random' and of Hutchinson's probes."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the scores 'random' and 'bias' and of Hutchinson's probes."}
+    )
     curvature: Literal["fisher", "hutchinson"] = field(
         default="fisher",
         metadata={
@@ -158,6 +161,13 @@ class SamConfig(PeftConfig):
             counts_of(self.selection)
             format_of(self.selection)
             fingerprints_of(self.selection)
+
+    def for_one_adapter(self) -> SamConfig:
+        """A copy that an adapter can fill in, so that one config makes many adapters."""
+        found = copy.copy(self)
+        if self.modules_to_save is not None:
+            found.modules_to_save = list(dict.fromkeys(self.modules_to_save))  # PEFT adds the same heads each time
+        return found
 
     @property
     def needs_data(self) -> bool:

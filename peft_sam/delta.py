@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
-from peft_sam.coding import code_length, decode
+from peft_sam.coding import code_length, decode, encode
 from peft_sam.support import check_support
 
 
@@ -20,6 +21,11 @@ def delta_dtype(dtype: torch.dtype) -> torch.dtype:
 def changed(entries: Tensor, values: Tensor) -> Tensor:
     """θ[support] + values in θ's dtype, for `entries` = θ.flatten()[indices]; the sum is in the values' dtype."""
     return (entries.to(values.dtype) + values).to(entries.dtype)
+
+
+def _has_no_support(delta: SparseDelta) -> bool:
+    indices = delta.indices
+    return len(indices) == 0 or indices.is_meta or int(indices[0]) < 0
 
 
 class PendingAdapterError(RuntimeError):
@@ -57,6 +63,7 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer(self.form, support)
         self._derived: dict[Any, tuple[Tensor, int, Any]] = {}
+        self._remembered: nn.Parameter | None = None
 
     @classmethod
     def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
@@ -68,27 +75,42 @@ class SparseDelta(nn.Module):
     @property
     def pending(self) -> bool:
         """Whether there is no support yet, or none in memory."""
-        if getattr(self, self.form).is_meta:
-            return True
-        return bool(self.derive("pending", lambda indices: len(indices) == 0 or int(indices[0]) < 0))
+        return bool(self.derive("pending", _has_no_support))
 
-    def derive(self, key: Any, function: Callable[[Tensor], Any]) -> Any:
-        """`function(indices)`, kept until the support changes: loading, moving and re-choosing all change it."""
-        return self._keep(key, lambda: function(self.indices))
+    def expect_dispatch(self) -> None:
+        """Remember the values: PEFT is about to have Accelerate place the model's layers, on disk perhaps."""
+        self._remembered = self.values
 
-    def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        stored = getattr(self, self.form)
+    def stay_at_hand(self) -> None:
+        """Bring the values back if they were offloaded with their layer.
+
+        They are few, and nobody calls a delta, so that Accelerate's hook would never bring them.
+        """
+        remembered, self._remembered = self._remembered, None
+        hook: Any = getattr(self, "_hf_hook", None)
+        if remembered is not None and hook is not None:
+            self.values = remembered
+            remove_hook_from_module(self)
+            self.to(hook.execution_device)
+
+    def derive(self, key: Any, make: Callable[[Any], Any]) -> Any:
+        """`make(self)`, kept until the support changes: loading, moving and re-choosing all change it."""
+        # every forward pass comes by here: nn.Module's own attribute look-up would take most of the time
+        stored: Any = self._buffers[self.form]
         kept = self._derived.get(key)
         if kept is None or (
             not torch.compiler.is_compiling() and (kept[0] is not stored or kept[1] != stored._version)
         ):
-            kept = (stored, stored._version, make())
-            self._derived[key] = kept
+            kept = self._derived[key] = (stored, stored._version, make(self))
         return kept[2]
 
     def can_hold(self, indices: Tensor) -> bool:
         """Whether this support can take the old one's place in the tensors that are there."""
-        return len(self.indices) == len(indices) and not self.values.is_meta
+        return len(self.values) == len(indices) and not self.values.is_meta
+
+    def hold(self, indices: Tensor) -> None:
+        """Put another support of the same size in the old one's place."""
+        self.indices.copy_(indices)
 
     def checked_indices(self) -> Tensor:
         """The support, checked once against the parameter: values may come from a file through any door.
@@ -96,14 +118,8 @@ class SparseDelta(nn.Module):
         Raises:
             ValueError: if it is no support of a parameter of this shape.
         """
-
-        def check(indices: Tensor) -> Tensor:
-            check_support(indices, self.shape.numel(), "parameter")
-            if len(indices) != len(self.values):
-                raise ValueError(f"a sparse delta has {len(indices)} indices but {len(self.values)} values.")
-            return indices
-
-        return self.derive("checked", check)
+        found: Tensor = self.derive("checked", _checked)
+        return found
 
     # Accelerate shards a model (FSDP2) by moving it to the meta device and loading the parameters of the first process.
     # Every process knows the support, and keeps it.
@@ -140,6 +156,13 @@ class SparseDelta(nn.Module):
         return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"
 
 
+def _checked(delta: SparseDelta) -> Tensor:
+    check_support(delta.indices, delta.shape.numel(), "parameter")
+    if len(delta.indices) != len(delta.values):
+        raise ValueError(f"a sparse delta has {len(delta.indices)} indices but {len(delta.values)} values.")
+    return delta.indices
+
+
 class CodedDelta(SparseDelta):
     """A delta that holds its support as a file does: for loaders that fill a model's tensors from a file by name.
 
@@ -160,14 +183,15 @@ class CodedDelta(SparseDelta):
     @property
     def indices(self) -> Tensor:  # type: ignore[override]
         """The support, decoded."""
+        found: Tensor = self.derive("indices", _decoded)
+        return found
 
-        def of_code() -> Tensor:
-            if self.support.is_meta or not self.support.any():
-                return torch.full((len(self.values),), -1, device=self.support.device)
-            return decode(self.support, len(self.values), self.shape.numel(), "parameter")
+    def hold(self, indices: Tensor) -> None:
+        """Put another support of the same size, and so with a code of the same length, in the old one's place."""
+        self.support.copy_(encode(indices, self.shape.numel()))
 
-        return self._keep("indices", of_code)
 
-    def can_hold(self, indices: Tensor) -> bool:
-        """Never: what is chosen or read here is held as it is."""
-        return False
+def _decoded(delta: CodedDelta) -> Tensor:
+    if delta.support.is_meta or not delta.support.any():
+        return torch.full((len(delta.values),), -1, device=delta.support.device)
+    return decode(delta.support, len(delta.values), delta.shape.numel(), "parameter")

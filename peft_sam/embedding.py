@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -20,17 +20,17 @@ class Rows(NamedTuple):
 
     starts: where the entries of each row start, and their number last.
     column: of each entry.
-    longest: how many entries the fullest row has.
+    steps: 0, 1, … up to the number of entries that the fullest row has, at least two of them.
     """
 
     starts: Tensor
     column: Tensor
-    longest: int
+    steps: Tensor
 
     def entries(self, ids: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
-        """For each id the numbers of its row's entries, (ids × longest), and which of them there are."""
+        """For each id the numbers of its row's entries, (ids × steps), and which of them there are."""
         first, stop = self.starts[ids, None], self.starts[ids + 1, None]
-        entry = first + torch.arange(self.longest, device=ids.device)
+        entry = first + self.steps
         inside = entry < stop
         if padding is not None:
             inside = inside & (ids != padding)[:, None]
@@ -40,14 +40,16 @@ class Rows(NamedTuple):
 def rows_of(delta: SparseDelta) -> Rows:
     """The entries of `delta`, a change of a (vocabulary × width) matrix, by rows; made once per support."""
 
-    def make(indices: Tensor) -> Rows:
-        row, column = indices // delta.shape[1], indices % delta.shape[1]
-        starts = torch.searchsorted(row, torch.arange(delta.shape[0] + 1, device=row.device))
-        return Rows(starts, column, int(starts.diff().max()))
-
-    delta.checked_indices()
-    rows: Rows = delta.derive("rows", make)
+    rows: Rows = delta.derive("rows", _make_rows)
     return rows
+
+
+def _make_rows(delta: SparseDelta) -> Rows:
+    indices, (height, width) = delta.checked_indices(), delta.shape
+    starts = torch.searchsorted(indices // width, torch.arange(height + 1, device=indices.device))
+    steps = torch.arange(max(2, int(starts.diff().max())), device=indices.device)
+    torch._dynamo.maybe_mark_dynamic(steps, 0)  # another support of the same size is no reason to compile again
+    return Rows(starts, indices % width, steps)
 
 
 def sparse_embedding(ids: Tensor, weight: Tensor, deltas: Sequence[SparseDelta], padding: int | None) -> Tensor:
@@ -89,15 +91,45 @@ class _SparseEmbedding(torch.autograd.Function):
         return (None, None, None, None, *grads)
 
 
+class Scaled(nn.Embedding):
+    """An embedding times a number, as in BART."""
+
+    embed_scale: float
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table, times `embed_scale`."""
+        return super().forward(input_ids) * self.embed_scale
+
+
+class ScaledInDtype(nn.Embedding):
+    """An embedding times a number that is kept as a buffer, as in Gemma."""
+
+    embed_scale: Tensor
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Rows of the table, times `embed_scale` rounded to its dtype."""
+        return super().forward(input_ids) * self.embed_scale.to(self.weight.dtype)
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether a module's forward is, instruction for instruction, one of these two; each model has its own class."""
+    code, scale = getattr(type(module).forward, "__code__", None), getattr(module, "embed_scale", None)
+    alike = (ScaledInDtype if isinstance(scale, Tensor) else Scaled).forward.__code__
+    same = code is not None and (code.co_code, code.co_names) == (alike.co_code, alike.co_names)
+    return isinstance(module, nn.Embedding) and same
+
+
 class SamEmbedding(SamLayer):
-    """`nn.Embedding`, by `sparse_embedding` where the table is plain, frozen and nobody watches the module."""
+    """`nn.Embedding`, scaled or not, by `sparse_embedding` where the table is plain, frozen and nobody watches it."""
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         special = base.max_norm is not None or base.sparse or base.scale_grad_by_freq
         if len(args) != 1 or kwargs or special or not is_plain(base.weight) or not is_bare(base):
             return super()._forward_with(changes, *args, **kwargs)
-        return sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)
+        y = sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)
+        scale = getattr(base, "embed_scale", None)
+        return y if scale is None else y * (scale.to(y.dtype) if isinstance(scale, Tensor) else scale)
 
     def _prepare(self, name: str, delta: SparseDelta) -> None:
         super()._prepare(name, delta)

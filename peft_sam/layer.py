@@ -15,7 +15,7 @@ from peft_sam.delta import CodedDelta, PendingAdapterError, SparseDelta, delta_d
 from peft_sam.merging import Change, check_merge, merge, restore
 from peft_sam.mixed import BASE, by_samples
 from peft_sam.ops import compose
-from peft_sam.owned import is_plain, own_parameters, stored_parameters
+from peft_sam.owned import features, is_plain, own_parameters, stored_parameters
 from peft_sam.replicas import keep_equal
 from peft_sam.substitute import call_with
 from peft_sam.support import check_support
@@ -42,6 +42,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         quantization_backend: PEFT's access to the weight of a quantised linear layer, else None.
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
+        in_features, out_features: of the module, or None if it has no such numbers.
         sample_adapters: the adapter of each sample of the batch, while one has several; else None.
     """
 
@@ -51,6 +52,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.in_features, self.out_features = features(self.get_base_layer())
         self.sam_sparse_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -93,12 +95,15 @@ class SamLayer(nn.Module, BaseTunerLayer):
         """The parameters that deltas can change, by name relative to the innermost base layer."""
         return own_parameters(self.get_base_layer())
 
+    def is_shared(self, name: str) -> bool:
+        """Whether other layers own parameter `name`, too."""
+        return name in self._tied or any(here == name for _, _, here in self._followers)
+
     def deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
-        if adapter_name not in self.sam_sparse_delta:
-            return {}
-        found = self.sam_sparse_delta[adapter_name].items()  # type: ignore[operator]
-        return {key.replace(SEPARATOR, "."): delta for key, delta in found}
+        # every forward pass comes by here: nn.ModuleDict's own look-up would take most of the time
+        found: Any = self.sam_sparse_delta._modules.get(adapter_name)
+        return {} if found is None else {key.replace(SEPARATOR, "."): of for key, of in found._modules.items()}
 
     def set_support(
         self, adapter_name: str, supports: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
@@ -127,7 +132,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
                 delta.values.requires_grad_(requires_grad)
                 keep_equal(delta.values, parameter)
             else:
-                delta.indices.copy_(indices)
+                delta.hold(indices)
             with torch.no_grad():
                 if values is None:
                     delta.values.zero_()
@@ -159,12 +164,11 @@ class SamLayer(nn.Module, BaseTunerLayer):
         super().__setstate__(state)
         self.prepare()
 
-    def reset_values(self, adapter_name: str, generator: torch.Generator) -> None:
+    def reset_values(self, adapter_name: str) -> None:
         """Small random deltas instead of zeros (`init_weights=False`)."""
         for delta in self.deltas(adapter_name).values():
-            noise = torch.randn(len(delta.values), generator=generator) * TEST_INIT_STD
             with torch.no_grad():
-                delta.values.copy_(noise)
+                delta.values.copy_(torch.randn(len(delta.values)) * TEST_INIT_STD)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Only the device: PEFT's version would round the values to the base dtype on the way.

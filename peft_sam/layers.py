@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import quantization_backend
-from peft_sam.embedding import SamEmbedding
+from peft_sam.embedding import SamEmbedding, is_scaled
 from peft_sam.layer import SamLayer
 from peft_sam.linear import SamLinear
 from peft_sam.owned import is_packed_linear, is_plain
@@ -23,6 +23,8 @@ LAYERS: dict[Any, type[SamLayer]] = {
 
 def make_layer(module: nn.Module, tuner: Any) -> SamLayer:
     """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
+    if is_scaled(module):
+        return SamEmbedding(module)
     if is_packed_linear(module) or (isinstance(module, nn.Linear) and not is_plain(module.weight)):
         layer = SamLinear(module)
         layer.quantization_backend = quantization_backend(module, tuner)

@@ -50,38 +50,41 @@ def sparse_linear(
     with Δ are added (`way_to_multiply`). Gradients: dx in the same way; of each Δ's values (dyᵀ x) at its support,
     in the form of its plan. Only what that form needs of x is saved. Under autocast the products are in its dtype.
     """
-    places = (*(delta.indices for delta in deltas), *(delta.checked_indices() for delta in bias_deltas))
-    values = (*(delta.values for delta in deltas), *(delta.values for delta in bias_deltas))
-    plans = tuple(plan_linear(delta, transposed) for delta in deltas)
+    every = (*deltas, *bias_deltas)
+    places, values = [delta.checked_indices() for delta in every], [delta.values for delta in every]
+    plans = [plan_linear(delta, transposed) for delta in deltas]
+    # flattened and viewed out here: what a Function returns may be changed in place only if it is no view
+    tokens = x.flatten(0, -2)
     if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+        tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
-            return _SparseLinear.apply(x, weight, bias, plans, places, *values)
-    if torch.is_grad_enabled():
-        return _SparseLinear.apply(x, weight, bias, plans, places, *values)
-    kept = [None] * len(plans)
-    return _linear(x.flatten(0, -2), weight, bias, plans, kept, places, values).view(*x.shape[:-1], -1)
+            y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
+    elif torch.is_grad_enabled():
+        y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
+    else:
+        y = _linear(tokens, weight, bias, plans, [None] * len(plans), places, values)
+    return y.view(*x.shape[:-1], -1)
 
 
 class _SparseLinear(torch.autograd.Function):
-    """`sparse_linear`; W + Σ Δ lives only inside a product."""
+    """`sparse_linear` for x of shape (tokens, in); W + Σ Δ lives only inside a product."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
+        tokens: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        plans: tuple[Plan, ...],
-        places: tuple[Tensor, ...],
+        plans: Sequence[Plan],
+        places: Sequence[Tensor],
         *values: Tensor,
     ) -> Tensor:
-        tokens, number = x.flatten(0, -2), len(plans)
+        number = len(plans)
         ctx.plans, ctx.places = plans, places
         needed = ctx.needs_input_grad[5:]
         kept = [plan.keep(tokens) if need else None for plan, need in zip(plans, needed[:number], strict=True)]
         ctx.save_for_backward(weight, *values, *kept)
-        return _linear(tokens, weight, bias, plans, kept, places, values).view(*x.shape[:-1], -1)
+        return _linear(tokens, weight, bias, plans, kept, places, values)
 
     @staticmethod
     @once_differentiable
@@ -90,14 +93,10 @@ class _SparseLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         values, kept = saved[: len(places)], saved[len(places) :]
         needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
-        tokens = grad.flatten(0, -2)
-        grad_x = grad_bias = None
-        if needs_x:
-            grad_x = _adjoint(tokens, weight, plans, places, values).view(*grad.shape[:-1], -1)
-        if needs_bias or any(needs[number:]):
-            grad_bias = tokens.sum(0)
+        grad_x = _adjoint(grad, weight, plans, places, values) if needs_x else None
+        grad_bias = grad.sum(0) if needs_bias or any(needs[number:]) else None
         grads: list[Tensor | None] = [
-            None if x is None else value_gradient(plan, x, tokens, value.dtype)
+            None if x is None else value_gradient(plan, x, grad, value.dtype)
             for plan, x, value in zip(plans, kept, values[:number], strict=True)
         ]
         for place, value, need in zip(places[number:], values[number:], needs[number:], strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -14,6 +15,22 @@ READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention
 # Quantised linear layers that are no nn.Linear, by the name of a class, and the parameter or buffer that holds their
 # packed weight: HQQ; GPTQ and AWQ, whose kernels are all kinds of gptqmodel's BaseQuantLinear.
 PACKED_WEIGHT = {"HQQLinear": "W_q", "BaseQuantLinear": "qweight"}
+
+# How modules call the numbers of their inputs and outputs.
+FEATURES = (
+    ("in_features", "out_features"),
+    ("in_channels", "out_channels"),
+    ("num_embeddings", "embedding_dim"),
+    ("nx", "nf"),
+)
+
+
+def features(module: nn.Module) -> tuple[int | None, ...]:
+    """The numbers of inputs and outputs of a module, which PEFT's layers tell; None, None if it has no such numbers."""
+    for names in FEATURES:
+        if all(hasattr(module, name) for name in names):
+            return tuple(getattr(module, name) for name in names)
+    return None, None
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -83,6 +100,13 @@ def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
         linear: Any = module
         shape, dtype = torch.Size((linear.out_features, linear.in_features)), torch.float32
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+def head_of(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:
+    """The module that an adapter trains in place of the wrapped one, or the wrapped one if it does not."""
+    own = adapter_name in wrapper.modules_to_save
+    head: nn.Module = wrapper.modules_to_save[adapter_name] if own else wrapper.original_module
+    return head
 
 
 def is_bare(module: nn.Module) -> bool:

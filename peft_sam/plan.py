@@ -121,7 +121,7 @@ class Plan(NamedTuple):
 
 def plan_linear(delta: SparseDelta, transposed: bool) -> Plan:
     """The plan of `delta` for a weight of shape (out, in), or (in, out) when `transposed`; made once per support."""
-    kept: Plan = delta.derive(("plan", transposed), lambda _: make_plan(delta, transposed))
+    kept: Plan = delta.derive(("plan", transposed), lambda of: make_plan(of, transposed))
     return kept
 
 

@@ -32,7 +32,7 @@ def add_sparse(y: Tensor, x: Tensor, plan: Plan, values: Tensor) -> None:
     if starts is not None and same and not plan.transposed and not torch.compiler.is_compiling():
         delta = torch.sparse_csr_tensor(starts, plan.column, values, plan.shape, check_invariants=False)
         if len(x) == 1:
-            y.view(-1).add_(delta.mv(x.view(-1)))
+            torch.addmv(y[0], delta, x[0], out=y[0])
         else:
             y.add_((delta @ x.t()).t())
     else:

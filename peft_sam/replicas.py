@@ -20,4 +20,7 @@ def keep_equal(values: nn.Parameter, parameter: Tensor) -> None:
         terms = DTensor.from_local(values.grad / mesh.size(), mesh, [Partial()] * mesh.ndim, run_check=False)
         values.grad.copy_(terms.redistribute(placements=[Replicate()] * mesh.ndim).to_local())
 
-    values.register_post_accumulate_grad_hook(average)
+    # a hook can only be registered while gradients are wanted, and stays when they are not
+    wanted = values.requires_grad
+    values.requires_grad_().register_post_accumulate_grad_hook(average)
+    values.requires_grad_(wanted)

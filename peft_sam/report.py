@@ -149,6 +149,18 @@ def selection_of(model: nn.Module, adapter_name: str) -> Selection:
     return Selection(indices, shapes, **how, threshold=about.get("threshold", 0.0))
 
 
+Counts = dict[tuple[str, str], tuple[int, int]]
+
+
+def counts_of(selection: Selection) -> Counts:
+    """Selected and candidate entries per layer and module type."""
+    found: Counts = {}
+    for name, shape in selection.shapes.items():
+        k, m = found.get(place_of(name), (0, 0))
+        found[place_of(name)] = (k + len(selection.indices[name]), m + shape.numel())
+    return found
+
+
 def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = None) -> Figure:
     """A picture of the density of the selection in each layer and module type, with entries written in.
 
@@ -158,18 +170,34 @@ def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = N
     Raises:
         ImportError: without matplotlib, with the command that installs it.
     """
+    figure = draw(counts_of(selection), title_of(selection))
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def title_of(selection: Selection) -> str:
+    """What stands over the picture."""
+    return f"{selection.k:,} of {selection.m:,} entries, score {selection.score!r}, {selection.budget} budget"
+
+
+def draw(counts: Counts, title: str) -> Figure:
+    """The picture of `plot_selection`.
+
+    Raises:
+        ImportError: without matplotlib, with the command that installs it.
+    """
     try:
         from matplotlib import colormaps
         from matplotlib.colors import LogNorm
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('plot_selection draws with matplotlib: pip install "peft-sam[plot]"') from error
-    found = {place: (row.selected, row.candidates) for place, row in selection_report(selection).places.items()}
-    layers = sorted({layer for layer, _ in found}, key=lambda layer: (layer != "-", int(layer) if layer != "-" else 0))
-    kinds = list(dict.fromkeys(kind for _, kind in found))
+        raise ImportError('the picture is drawn with matplotlib: pip install "peft-sam[plot]"') from error
+    layers = sorted({layer for layer, _ in counts}, key=lambda layer: (layer != "-", int(layer) if layer != "-" else 0))
+    kinds = list(dict.fromkeys(kind for _, kind in counts))
     density = [
         [
-            100 * found[layer, kind][0] / found[layer, kind][1] if (layer, kind) in found else float("nan")
+            100 * counts[layer, kind][0] / counts[layer, kind][1] if (layer, kind) in counts else float("nan")
             for kind in kinds
         ]
         for layer in layers
@@ -187,13 +215,11 @@ def plot_selection(selection: Selection, path: str | os.PathLike[str] | None = N
     )
     for row, layer in enumerate(layers):
         for column, kind in enumerate(kinds):
-            if (layer, kind) in found:
+            if (layer, kind) in counts:
                 color = "white" if density[row][column] ** 2 > low * high else "black"
-                axes.text(column, row, f"{found[layer, kind][0]:,}", ha="center", va="center", color=color, fontsize=8)
+                axes.text(column, row, f"{counts[layer, kind][0]:,}", ha="center", va="center", color=color, fontsize=8)
     axes.set_xticks(range(len(kinds)), kinds, rotation=30, ha="right")
     axes.set_yticks(range(len(layers)), [f"layer {layer}" if layer != "-" else "outside" for layer in layers])
-    axes.set_title(f"{selection.k:,} of {selection.m:,} entries, score {selection.score!r}, {selection.budget} budget")
+    axes.set_title(title)
     figure.colorbar(image, label="selected entries, % of candidates")
-    if path is not None:
-        figure.savefig(path, dpi=150)
     return figure

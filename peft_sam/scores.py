@@ -5,7 +5,8 @@ A score is a pure, elementwise function whose argument names say what it needs, 
 * `weight`            θ⁰, the entry's pretrained value;
 * `gradient`          g = ∂L/∂θ at θ⁰, L the *mean* loss over the examples;
 * `squared_gradient`  the mean over micro-batches b of g_b², weighted by their sizes;
-* `noise`             a seeded uniform number in [0, 1).
+* `noise`             a seeded uniform number in [0, 1);
+* `is_bias`           1 for an entry of a bias (a vector named so), else 0.
 
 It returns a non-negative tensor of the same shape; the k entries with the largest values are selected. A new score
 is one function and one row of `SCORES`.
@@ -21,6 +22,8 @@ from torch import Tensor
 
 # What the pass over the data accumulates; the other inputs of a score need no data.
 DATA_INPUTS = ("gradient", "squared_gradient", "curvature")
+# What is made from a parameter's name and shape and the seed.
+MADE_INPUTS = ("noise", "is_bias")
 
 
 def sam(gradient: Tensor) -> Tensor:
@@ -60,6 +63,14 @@ def random(noise: Tensor) -> Tensor:
     return noise
 
 
+def bias(is_bias: Tensor, noise: Tensor) -> Tensor:
+    """1 + noise for a bias, noise for all else: the biases first, a random mask in what the budget leaves.
+
+    BitFit (Zaken et al. 2021, arXiv 2106.10199) for a global budget of as many entries as there are biases.
+    """
+    return is_bias + noise
+
+
 @dataclass(frozen=True)
 class Score:
     """A row of the table: the function of a score and the inputs that it needs."""
@@ -72,8 +83,13 @@ class Score:
         """The inputs that come from data; empty for a score that selects without data."""
         return tuple(name for name in self.inputs if name in DATA_INPUTS)
 
+    @property
+    def reads_tensors(self) -> bool:
+        """Whether it reads numbers of the parameters or of the data, not only names, shapes and the seed."""
+        return not set(self.inputs) <= set(MADE_INPUTS)
+
 
 SCORES: dict[str, Score] = {
     function.__name__: Score(function, tuple(inspect.signature(function).parameters))
-    for function in (sam, sam_curvature, fisher, magnitude, random)
+    for function in (sam, sam_curvature, fisher, magnitude, random, bias)
 }

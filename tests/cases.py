@@ -9,19 +9,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    DebertaConfig,
+    DebertaForSequenceClassification,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
 VOCABULARY = 50
@@ -129,7 +153,10 @@ MODULES = [
     ModuleCase("linear of a vector", lambda: Sequential(nn.Linear(8, 6)), _numbers(8)),
     ModuleCase("Conv1D", lambda: Sequential(Conv1D(6, 8)), _numbers(3, 5, 8)),
     ModuleCase("embedding", lambda: Sequential(nn.Embedding(VOCABULARY, 8), nn.Linear(8, 4)), _ids),
+    ModuleCase("scaled embedding", lambda: Sequential(BartScaledWordEmbedding(VOCABULARY, 8, 1, 3.0)), _ids),
+    ModuleCase("Gemma's embedding", lambda: Sequential(Gemma3TextScaledWordEmbedding(VOCABULARY, 8, 0, 3.1)), _ids),
     ModuleCase("conv1d", lambda: Sequential(nn.Conv1d(4, 6, 3)), _numbers(2, 4, 9)),
+    ModuleCase("depthwise conv1d", lambda: Sequential(nn.Conv1d(4, 8, 3, groups=4, bias=False)), _numbers(2, 4, 9)),
     ModuleCase("grouped conv2d", lambda: Sequential(nn.Conv2d(4, 6, 3, groups=2)), _numbers(2, 4, 6, 6)),
     ModuleCase("conv3d", lambda: Sequential(nn.Conv3d(2, 3, 2)), _numbers(2, 2, 4, 4, 4)),
     ModuleCase("layer norm", lambda: Sequential(nn.LayerNorm(8), nn.RMSNorm(8)), _numbers(3, 8)),
@@ -230,5 +257,125 @@ NETS = [
 ]
 
 
-def names(case: ModuleCase | NetCase) -> str:
+@dataclass(frozen=True)
+class FamilyCase:
+    """A model of a family, with a batch whose loss can be had, and the linear layers of its head."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    batch: Callable[[int], dict[str, Tensor]]
+    head: tuple[str, ...]
+
+
+def _encoder_shape() -> dict[str, Any]:
+    shape = bert().config.to_dict()
+    return {key: number for key, number in shape.items() if type(number) is int and key.startswith(SHAPE)}
+
+
+SHAPE = ("vocab_size", "hidden_size", "num_hidden", "num_attention", "intermediate", "max_position")
+
+
+def _disentangled() -> dict[str, Any]:
+    return {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], **_encoder_shape()}
+
+
+def _experts() -> dict[str, Any]:
+    return {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, **_llama_shape()}
+
+
+def bart() -> BartForConditionalGeneration:
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _BART_SIDE.items()}
+    config = BartConfig(vocab_size=VOCABULARY, d_model=16, max_position_embeddings=32, scale_embedding=True, **sides)
+    return BartForConditionalGeneration(config)
+
+
+_BART_SIDE = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
+
+
+def whisper() -> WhisperForConditionalGeneration:
+    sides = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in _BART_SIDE.items()}
+    config = WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        num_mel_bins=8,
+        max_source_positions=10,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        **sides,
+    )
+    return WhisperForConditionalGeneration(config)
+
+
+def clip() -> CLIPModel:
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1, **shape}
+    vision = {"image_size": 8, "patch_size": 4, **shape}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+def _speech(n: int) -> dict[str, Tensor]:
+    return {"input_features": torch.randn(n, 8, 20), "labels": torch.randint(4, VOCABULARY, (n, 5))}
+
+
+def _pairs(n: int) -> dict[str, Any]:
+    ids = torch.randint(3, VOCABULARY, (n, 7))
+    ids[:, -1] = 2
+    return {"input_ids": ids, "pixel_values": torch.randn(n, 3, 8, 8), "return_loss": True}
+
+
+FAMILIES = [
+    FamilyCase("BERT", bert, _classification, ("classifier",)),
+    FamilyCase(
+        "RoBERTa",
+        lambda: RobertaForSequenceClassification(RobertaConfig(**_encoder_shape())),
+        _classification,
+        ("classifier.dense", "classifier.out_proj"),
+    ),
+    FamilyCase(
+        "DeBERTa",
+        lambda: DebertaForSequenceClassification(DebertaConfig(**_disentangled())),
+        _classification,
+        ("pooler.dense", "classifier"),
+    ),
+    FamilyCase(
+        "DeBERTa-v2",
+        lambda: DebertaV2ForSequenceClassification(DebertaV2Config(**_disentangled())),
+        _classification,
+        ("pooler.dense", "classifier"),
+    ),
+    FamilyCase("GPT-2", gpt2, _language, ("lm_head",)),
+    FamilyCase("Llama", llama, _language, ("lm_head",)),
+    FamilyCase(
+        "Gemma 3",
+        lambda: Gemma3ForCausalLM(Gemma3TextConfig(head_dim=8, pad_token_id=0, **_llama_shape())),
+        _language,
+        ("lm_head",),
+    ),
+    FamilyCase("Qwen2", lambda: Qwen2ForCausalLM(Qwen2Config(**_llama_shape())), _language, ("lm_head",)),
+    FamilyCase("Qwen3", lambda: Qwen3ForCausalLM(Qwen3Config(head_dim=8, **_llama_shape())), _language, ("lm_head",)),
+    FamilyCase("Mixtral", mixtral, _language, ("lm_head",)),
+    FamilyCase(
+        "Qwen2 MoE",
+        lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(shared_expert_intermediate_size=8, **_experts())),
+        _language,
+        ("lm_head",),
+    ),
+    FamilyCase(
+        "Qwen3 MoE",
+        lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(head_dim=8, **_experts())),
+        _language,
+        ("lm_head",),
+    ),
+    FamilyCase("T5", t5, _language, ("lm_head",)),
+    FamilyCase("BART", bart, _language, ("lm_head",)),
+    FamilyCase("ViT", vit, _images, ("classifier",)),
+    FamilyCase("Whisper", whisper, _speech, ("proj_out",)),
+    FamilyCase("CLIP", clip, _pairs, ()),
+]
+
+
+def names(case: ModuleCase | NetCase | FamilyCase) -> str:
     return case.name

@@ -66,6 +66,60 @@ def test_a_combined_adapter_runs_saves_and_loads(tmp_path: Path) -> None:
     assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
+IDS = torch.arange(12).view(2, 6)
+
+
+def logits(model: Any, adapter: str) -> Tensor:
+    model.set_adapter(adapter)
+    return model(input_ids=IDS).logits
+
+
+def test_an_adapter_scaled_by_one_half_changes_each_entry_half_as_much() -> None:
+    model = two_adapters().eval()
+    model.add_weighted_adapter(["first"], [0.5], "scaled")
+    assert support(model, "scaled") == support(model, "first")
+    for name, delta in dense(model, "first").items():
+        assert torch.equal(dense(model, "scaled")[name], delta / 2)
+    model.add_weighted_adapter(["scaled"], [2], "again")
+    assert torch.equal(logits(model, "again"), logits(model, "first"))
+
+
+def test_an_adapter_minus_itself_is_the_base_model() -> None:
+    model = two_adapters().eval()
+    model.add_weighted_adapter(["first", "first"], [1.0, -1.0], "nothing")
+    assert torch.equal(logits(model, "nothing"), BASE.eval()(input_ids=IDS).logits)
+
+
+def test_subtracting_what_was_added_gives_the_adapter_back() -> None:
+    model = two_adapters().eval()
+    model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "sum")
+    model.add_weighted_adapter(["sum", "second"], [1, -1], "back")
+    torch.testing.assert_close(logits(model, "back"), logits(model, "first"))
+
+
+@pytest.mark.parametrize("combination", ["linear", "ties"])
+@pytest.mark.filterwarnings("ignore:The density 1.0:UserWarning")
+def test_heads_are_combined_by_what_each_adapter_changed(combination: str, tmp_path: Path) -> None:
+    config = SamConfig(density=0.1, score="random", init_weights=False, task_type="SEQ_CLS")
+    model: Any = get_peft_model(copy.deepcopy(BASE), config, adapter_name="first").eval()
+    model.add_adapter("second", SamConfig(density=0.05, seed=3, score="random", init_weights=False))
+    head = model.base_model.model.classifier
+    head.modules_to_save["first"].weight.data.add_(1)
+    start = head.original_module.weight
+    model.add_weighted_adapter(["second", "first"], [1.0, 0.5], "third", combination, density=1.0)
+    half = start + (head.modules_to_save["first"].weight - start) / 2
+    torch.testing.assert_close(head.modules_to_save["third"].weight.data, half.data)
+    assert head.active_adapters == ["first"]
+    model.add_weighted_adapter(["first"], [1], "same")
+    assert torch.equal(logits(model, "same"), logits(model, "first"))
+    model.add_weighted_adapter(["first", "first"], [1, -1], "nothing")
+    assert torch.equal(logits(model, "nothing"), BASE.eval()(input_ids=IDS).logits)
+    expected = logits(model, "third")
+    model.save_pretrained(tmp_path, selected_adapters=["third"])
+    loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "third").eval()
+    assert torch.equal(loaded(input_ids=IDS).logits, expected)
+
+
 @pytest.mark.parametrize(("combination", "oracle"), [("ties", ties), ("magnitude_prune", magnitude_prune)])
 def test_peft_s_combinations_see_the_union_of_the_supports(combination: str, oracle: Any) -> None:
     model = two_adapters()

@@ -84,12 +84,28 @@ def test_a_random_selection_is_uniform_over_positions() -> None:
     assert float(hits.max()) < 120
 
 
+def test_the_score_of_biases_takes_them_first_and_then_what_a_random_mask_takes() -> None:
+    of = {"a.weight": torch.randn(4, 5), "a.bias": torch.randn(4), "a.in_proj_bias": torch.randn(6)}
+    few, exact, more = (choose(of, score="bias", density=k / 30) for k in (5.5, 10.5, 15.5))
+    assert few.k == 5
+    assert not len(few.indices["a.weight"])
+    assert exact.counts == {"a.bias": 4, "a.in_proj_bias": 6}
+    assert more.counts == {"a.weight": 5, "a.bias": 4, "a.in_proj_bias": 6}
+    rest = choose({"a.weight": of["a.weight"]}, score="random", density=0.25)
+    assert torch.equal(more.indices["a.weight"], rest.indices["a.weight"])
+
+
+def test_a_matrix_is_no_bias_whatever_its_name() -> None:
+    of = {"table.bias": torch.randn(4, 5), "b.bias": torch.randn(4)}
+    assert choose(of, score="bias", density=4.5 / 24).counts == {"b.bias": 4}
+
+
 @pytest.mark.parametrize("score", sorted(SCORES))
 def test_computing_scores_in_pieces_changes_nothing(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
     of = parameters()
     every = needed(score, statistics(of))
     whole = choose(of, score=score, density=0.3, statistics=every)
-    if score == "random":  # the size of the pieces is part of how noise is drawn
+    if "noise" in SCORES[score].inputs:  # the size of the pieces is part of how noise is drawn
         return
     monkeypatch.setattr(peft_sam.choosing, "CHUNK", 7)
     pieces = choose(of, score=score, density=0.3, statistics=every)

@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from peft_sam.delta import SparseDelta
 from peft_sam.embedding import SamEmbedding, rows_of, sparse_embedding
@@ -89,9 +91,27 @@ def test_special_tables_take_the_general_way(options: dict[str, Any]) -> None:
     torch.testing.assert_close(layer(ids), expected)
 
 
+@pytest.mark.parametrize("cls", [BartScaledWordEmbedding, Gemma3TextScaledWordEmbedding])
+def test_an_embedding_times_a_number_is_looked_up_in_the_same_way(cls: Any) -> None:
+    layer = make_layer(cls(9, 4, 0, 2.5).bfloat16(), None)
+    assert type(layer) is SamEmbedding
+    layer.update_layer("default", {"weight": 0})
+    layer.set_adapter("default")
+    layer.set_support("default", {"weight": torch.tensor([1, 6, 20])}, {"weight": torch.tensor([1.0, 2.0, 3.0])})
+    ids, found = torch.tensor([0, 1, 5]), layer(torch.tensor([0, 1, 5]))
+    layer.merge()
+    assert torch.equal(found, layer.base_layer(ids))
+
+
 def test_another_forward_is_left_to_the_general_layer() -> None:
-    class Scaled(nn.Embedding):
+    class Tripled(nn.Embedding):
         def forward(self, ids: Tensor) -> Tensor:
             return super().forward(ids) * 3
 
-    assert type(make_layer(Scaled(4, 2), None)) is SamLayer
+    class Shifted(nn.Embedding):
+        embed_scale = 3.0
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids) + self.embed_scale
+
+    assert type(make_layer(Tripled(4, 2), None)) is type(make_layer(Shifted(4, 2), None)) is SamLayer

@@ -69,6 +69,18 @@ def test_gradients_are_those_of_the_dense_parameter_at_the_support(case: ModuleC
         torch.testing.assert_close(delta.values.grad, parameters[name].grad.flatten()[delta.indices], msg=name)
 
 
+@pytest.mark.parametrize("case", MODULES, ids=names)
+def test_what_a_layer_returns_may_be_changed_in_place(case: ModuleCase) -> None:
+    model, base = adapt(case)
+    deltas = model.base_model.sparse_deltas()
+    dense, x = adapted_copy(base, deltas), make_input(case, torch.float64)
+    for output in (model(x), dense(x)):
+        output.relu_().square().sum().backward()
+    parameters = dict(dense.named_parameters())
+    for name, delta in deltas.items():
+        torch.testing.assert_close(delta.values.grad, parameters[name].grad.flatten()[delta.indices], msg=name)
+
+
 @pytest.mark.parametrize("case", [case for case in MODULES if case.input().is_floating_point()], ids=names)
 def test_the_gradient_of_the_input_is_that_of_the_dense_model(case: ModuleCase) -> None:
     x = make_input(case, torch.float64)

@@ -207,15 +207,18 @@ def test_merging_writes_the_codes_of_the_sum_and_unmerging_the_original_ones(kin
     model = adapted(base)
     expected = quantised(kind, adapted_copy(plain, model.base_model.sparse_deltas())).eval()
     model.eval()
-    # without gradients bitsandbytes' CPU kernel rearranges 4-bit weights and rounds their scales
     x = torch.randn(5, 128, requires_grad=not inferred)
     with torch.set_grad_enabled(not inferred):
         before = model(x)
         with pytest.warns(UserWarning, match="rounds it to the quantiser's codes"):
             model.merge_adapter(safe_merge=True)
         merged = model(x)
-        tolerance = 1e-2 if inferred and kind == "4 bits" else 0
-        torch.testing.assert_close(merged, expected(x), rtol=tolerance, atol=tolerance)
+        if inferred and kind == "4 bits":
+            # without gradients bitsandbytes' CPU kernel rearranges 4-bit weights and rounds their scales, so that a sum
+            # between two codes may take the other one
+            assert (merged - expected(x)).norm() < (merged - before).norm() / 4
+        else:
+            torch.testing.assert_close(merged, expected(x), rtol=0, atol=0)
         assert not torch.allclose(merged, before, rtol=1e-3, atol=1e-3)
         model.unmerge_adapter()
         assert torch.equal(model(x), before)

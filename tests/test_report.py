@@ -83,6 +83,8 @@ def test_a_model_s_adapters_are_reported_and_compared() -> None:
     assert len({len(line) for line in lines}) == 1
     assert lines[-1].split()[:2] == ["all", f"{report.total.selected}"]
     assert math.isnan(selection_report(model).overlap)
+    turned = selection_report(model, "second", other="default")
+    assert (turned.total.shared, turned.overlap) == (report.total.shared, report.overlap)
 
 
 def test_what_cannot_be_reported_is_refused() -> None:

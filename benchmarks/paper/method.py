@@ -34,8 +34,8 @@ class Method:
     """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.paper.loop`).
 
     The loop computes `model(**batch).loss`, adds `penalty`, runs backward, calls `after_backward`, clips gradients,
-    steps the optimizer over `groups`, and calls `after_step`. Before every evaluation it enters nothing: a method whose
-    model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
+    steps the optimizer over `groups`, and calls `after_step`. Steps count from 0. Before every evaluation it enters
+    nothing: a method whose model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
     """
 
     name: ClassVar[str]
@@ -61,6 +61,10 @@ class Method:
     def finish(self, model: nn.Module) -> None:
         """After the last step, before the last evaluation."""
 
+    def settled(self, model: nn.Module, step: int) -> bool:
+        """Whether the model after so many steps is what the method would hand over; only then may it be the best."""
+        return True
+
     def trained(self, model: nn.Module, setup: Setup) -> int:
         """How many entries outside the head differ, or may differ, from the pretrained model."""
         raise NotImplementedError
@@ -70,8 +74,19 @@ class Method:
         raise NotImplementedError
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter of a model wrapped by PEFT has in the model itself."""
+    return name.removeprefix("base_model.model.")
+
+
 def named_head(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the head, by name."""
+    """The parameters of the head, by name; of a model as it was built or wrapped by PEFT."""
     for name, parameter in model.named_parameters():
-        if any(name.startswith(f"{module}.") for module in setup.head):
+        if any(plain_name(name).startswith(f"{module}.") for module in setup.head):
             yield name, parameter
+
+
+def named_rest(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters outside the head, by name."""
+    head = {id(parameter) for _, parameter in named_head(model, setup)}
+    return ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in head)

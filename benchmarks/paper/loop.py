@@ -1,0 +1,219 @@
+"""The one training loop: AdamW, warm-up and decay, early stopping on validation, the best model kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import get_linear_schedule_with_warmup
+
+from benchmarks.paper.method import Method, Setup, named_head
+
+Metric = Callable[[Any, Any], dict[str, float]]
+Evaluate = Callable[[nn.Module], tuple[dict[str, float], float]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every method is trained.
+
+    Attributes:
+        lr: peak learning rate; grows over the first `warmup` of `steps` and then falls to zero, linearly.
+        head_lr: of the head; None for `lr`.
+        eval_every, patience: validate each so many steps; stop after so many validations without a better one.
+        seconds: stop after so many seconds of training; None for no such end.
+    """
+
+    lr: float
+    steps: int
+    head_lr: float | None = None
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    eval_every: int = 50
+    patience: int = 10
+    seconds: float | None = None
+
+
+@dataclass
+class Trained:
+    """What came of it.
+
+    Attributes:
+        best: validation scores of the model that was kept, and its mean loss.
+        best_step, steps: the step that it is from, and how many there were.
+        stopped: "steps", "patience", "seconds" or "diverged".
+        history: (step, validation score, validation loss) each time.
+        losses: of each step, the penalty left out.
+        training, evaluation: seconds.
+    """
+
+    best: dict[str, float] = field(default_factory=dict)
+    best_loss: float = float("inf")
+    best_step: int = 0
+    steps: int = 0
+    stopped: str = "steps"
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    training: float = 0.0
+    evaluation: float = 0.0
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Iterable[dict[str, Tensor]], metric: Metric) -> tuple[dict[str, float], float]:
+    """The metric's scores and the mean loss, in eval mode."""
+    model.eval()
+    outputs, labels, losses = [], [], 0.0
+    for batch in batches:
+        found = model(**batch)
+        outputs.append(found.logits.float().cpu().numpy())
+        labels.append(batch["labels"].cpu().numpy())
+        losses += float(found.loss) * len(labels[-1])
+    every, truth = np.concatenate(outputs), np.concatenate(labels)
+    return metric(every, truth), losses / len(truth)
+
+
+def endless(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The batches, again and again."""
+    while True:
+        yield from batches
+
+
+class Best:
+    """The state of the best model so far: what is trained, and buffers."""
+
+    def __init__(self) -> None:
+        self.key: tuple[float, float] = (-float("inf"), 0.0)
+        self.state: dict[str, Tensor] = {}
+
+    @staticmethod
+    def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        yield from model.named_buffers()
+
+    def offer(self, model: nn.Module, score: float, loss: float) -> bool:
+        """Keep the model if its score is higher, or the same with a smaller loss; says whether."""
+        if (score, -loss) <= self.key:
+            return False
+        self.key = (score, -loss)
+        self.state = {name: tensor.detach().clone() for name, tensor in self._tensors(model)}
+        return True
+
+    @torch.no_grad()
+    def restore(self, model: nn.Module) -> None:
+        """Put the kept state back."""
+        for name, tensor in self._tensors(model):
+            if name in self.state:
+                tensor.copy_(self.state[name])
+
+
+def parameter_groups(method: Method, model: nn.Module, setup: Setup, recipe: Recipe) -> list[dict[str, Any]]:
+    """The method's groups, with the head in one of its own where it has a learning rate of its own."""
+    groups = method.groups(model, recipe.lr)
+    if recipe.head_lr is None:
+        return groups
+    head = [parameter for _, parameter in named_head(model, setup)]
+    known = {id(parameter) for parameter in head}
+    for group in groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
+    return [*(group for group in groups if group["params"]), {"params": head, "lr": recipe.head_lr}]
+
+
+def train(
+    model: nn.Module,
+    method: Method,
+    setup: Setup,
+    recipe: Recipe,
+    batches: Iterable[dict[str, Tensor]],
+    validate: Evaluate,
+) -> Trained:
+    """Train a model that `method.start` has readied, and leave it at its best.
+
+    The best is the highest validation score, among equals the smallest validation loss: of small validation sets many
+    models have the same score. A loss that is not finite ends the run.
+    """
+    device = next(model.parameters()).device.type
+    optimizer = torch.optim.AdamW(
+        parameter_groups(method, model, setup, recipe), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+    )
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    schedule = get_linear_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
+    found, best, worse, start = Trained(), Best(), 0, time.perf_counter()
+    losses: list[Tensor] = []
+    source = endless(batches)
+    model.train()
+    for step in range(1, recipe.steps + 1):
+        loss = model(**next(source)).loss
+        losses.append(loss.detach())
+        penalty = method.penalty(model, step - 1)
+        (loss if penalty is None else loss + penalty).backward()
+        method.after_backward(model, step - 1)
+        nn.utils.clip_grad_norm_(trained, recipe.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(model, step - 1)
+        found.steps = step
+        late = recipe.seconds is not None and time.perf_counter() - start > recipe.seconds
+        if step % recipe.eval_every and step < recipe.steps and not late:
+            continue
+        found.losses += torch.stack(losses).tolist()
+        if not np.isfinite(found.losses[-len(losses) :]).all():
+            found.stopped = "diverged"
+            break
+        losses.clear()
+        with _timed(found, device):
+            scores, value = validate(model)
+        model.train()
+        score = next(iter(scores.values()))
+        found.history.append((step, score, value))
+        if method.settled(model, step):
+            if best.offer(model, score, value):
+                found.best, found.best_loss, found.best_step, worse = scores, value, step, 0
+            else:
+                worse += 1
+        if worse >= recipe.patience or late:
+            found.stopped = "seconds" if late else "patience"
+            break
+    best.restore(model)
+    method.finish(model)
+    if not found.best and found.stopped != "diverged":  # the time was up before the method had settled
+        with _timed(found, device):
+            found.best, found.best_loss = validate(model)
+        found.best_step = found.steps
+    found.training = time.perf_counter() - start - found.evaluation
+    return found
+
+
+@contextmanager
+def _timed(found: Trained, device: str) -> Iterator[None]:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    yield
+    found.evaluation += time.perf_counter() - start
+
+
+def warm_head(model: nn.Module, setup: Setup, steps: int, lr: float, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Train the head alone, at a rate that falls linearly to zero; the rest of the model stays as it is."""
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    head = [parameter for _, parameter in named_head(model, setup)]
+    model.requires_grad_(False).train()
+    for parameter in head:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
+    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
+    source = endless(batches)
+    for _ in range(steps):
+        model(**next(source)).loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flags[name])

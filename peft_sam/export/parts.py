@@ -1,0 +1,139 @@
+"""An adapter taken apart for other formats: its deltas, its heads, and the base model without any wrapper."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from itertools import chain
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
+from torch import Tensor, nn
+
+from peft_sam.checkpoint import PEFT_PREFIX, sam_layers
+from peft_sam.config import SamConfig
+from peft_sam.delta import PendingAdapterError, SparseDelta
+from peft_sam.layer import SamLayer
+from peft_sam.model import SamModel
+from peft_sam.owned import head_of, is_plain, stored_parameter
+from peft_sam.targets import base_name
+
+
+class Part(NamedTuple):
+    """One delta and where it belongs.
+
+    Attributes:
+        module, parameter: name of the module in the base model, and of the parameter relative to it.
+        layer: the sparse layer around the module.
+    """
+
+    module: str
+    parameter: str
+    layer: SamLayer
+    delta: SparseDelta
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the base model."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def base(self) -> Tensor:
+        """The parameter θ⁰, as it is stored."""
+        return stored_parameter(self.layer.get_base_layer(), self.parameter)
+
+    @property
+    def readable(self) -> bool:
+        """Whether θ⁰ can be read: it is not quantised, offloaded or sharded."""
+        return is_plain(self.base)
+
+    def describe(self) -> str:
+        """What decides whether a format can hold it, in words."""
+        how = str(self.base.dtype).removeprefix("torch.") if self.readable else "not plain in memory"
+        tied = ", tied" if self.layer.is_shared(self.parameter) else ""
+        return f"{type(self.layer.get_base_layer()).__name__}, {how}{tied}"
+
+
+class Adapter:
+    """A SAM sparse adapter of a model, ready to be written in another format.
+
+    Attributes:
+        parts: its deltas, all with a support, in the base model's order.
+        layers: all sparse layers of the model.
+
+    Raises:
+        TypeError: if the model is no PEFT model with SAM adapters.
+        ValueError: if there is no such adapter, or any adapter of the model is merged.
+        PendingAdapterError: if the adapter has no support yet.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        if not isinstance(model, PeftModel) or not isinstance(model.base_model, SamModel):
+            raise TypeError(
+                f"expected a model made by get_peft_model(model, SamConfig(...)) or PeftModel.from_pretrained; got "
+                f"{type(model).__name__}. Unwrap it first if Accelerate or DDP has wrapped it."
+            )
+        if not model.base_model.sparse_deltas(name):
+            raise PendingAdapterError(name, "exported")
+        layers = sam_layers(model)
+        if merged := sorted({merged for layer in layers.values() for merged in layer.merged_adapters}):
+            raise ValueError(f"adapters {merged} are merged: call model.unmerge_adapter() first.")
+        self.model, self.name, self.layers = model, name, list(layers.values())
+        self.config: SamConfig = model.peft_config[name]
+        self.parts = [
+            Part(module, parameter, layer, delta)
+            for module, layer in layers.items()
+            for parameter, delta in layer.deltas(name).items()
+        ]
+
+    @property
+    def base(self) -> nn.Module:
+        """The base model inside, its modules still wrapped."""
+        base: nn.Module = self.model.base_model.model
+        return base
+
+    def module_names(self) -> set[str]:
+        """The names of all modules of the base model."""
+        return {base_name(name) for name, _ in self.base.named_modules()}
+
+    def bare_base(self) -> nn.Module:
+        """The base model without wrappers, with the heads of this adapter: a copy that shares every tensor."""
+        shared: Any = {id(tensor): tensor for tensor in chain(self.base.parameters(), self.base.buffers())}
+        # from the inside out, so that a wrapped module inside a wrapped one is unwrapped by then
+        for module in reversed(list(self.base.modules())):
+            if isinstance(module, SamLayer):
+                shared[id(module)] = copy.deepcopy(module.get_base_layer(), shared)
+            elif isinstance(module, ModulesToSaveWrapper):
+                shared[id(module)] = copy.deepcopy(head_of(module, self.name), shared)
+        return copy.deepcopy(self.base, shared)
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained and saved densely (`modules_to_save`)."""
+        wrappers = [module for module in self.base.modules() if isinstance(module, ModulesToSaveWrapper)]
+        heads = [head_of(wrapper, self.name) for wrapper in wrappers if self.name in wrapper.modules_to_save]
+        return [parameter for head in heads for parameter in head.parameters()]
+
+    def saved_besides(self, adapted: Collection[str]) -> dict[str, Tensor]:
+        """What PEFT saves besides the deltas, under its names: heads, and embeddings whose vocabulary was resized.
+
+        Args:
+            adapted: the modules that are wrapped in the other format, too.
+        """
+        state = {key: t for key, t in self.model.state_dict().items() if ".sam_sparse_delta." not in key}
+        found = get_peft_model_state_dict(self.model, state_dict=state, adapter_name=self.name)
+        wrapped = tuple(f"{PEFT_PREFIX}{module}.base_layer." for module in adapted)
+        return {key if key.startswith(wrapped) else base_name(key): tensor for key, tensor in found.items()}
+
+    def common_fields(self) -> dict[str, Any]:
+        """The fields that the config of any kind of adapter has, for the config of another kind."""
+        fields = ("task_type", "base_model_name_or_path", "revision", "modules_to_save")
+        found = {field: copy.copy(getattr(self.config, field)) for field in fields}
+        return {**found, "inference_mode": True}
+
+    def auto_mapping(self) -> dict[str, str] | None:
+        """What PEFT notes of the class of a base model without task type."""
+        if self.config.task_type is not None:
+            return None
+        base = type(self.model.get_base_model())
+        return {"base_model_class": base.__name__, "parent_library": base.__module__}
