@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-SUPPORTED_PEFT = "peft>=0.21.2,<0.22"
+SUPPORTED_PEFT = "peft>=0.21.0,<0.22"
 
 try:
     import peft.mixed_model
