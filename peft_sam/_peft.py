@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-SUPPORTED_PEFT = "peft>=0.21.2,<0.22"
+SUPPORTED_PEFT = "peft>=0.21.0,<0.22"
 
 try:
     import peft.mixed_model
@@ -276,7 +276,10 @@ def _register_files(config_cls: type, model_cls: Any, other_base: type[Warning])
             with warnings.catch_warnings() if strict_base else nullcontext():
                 if strict_base:
                     warnings.simplefilter("error", other_base)
-                return _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                result = _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                if is_ours():
+                    self.base_model.stay_at_hand(adapter_name)
+                return result
         except BaseException as error:
             if isinstance(error, other_base):
                 raise ValueError(str(error)) from None

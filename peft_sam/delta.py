@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
 from peft_sam.coding import code_length, decode, encode
@@ -20,6 +21,11 @@ def delta_dtype(dtype: torch.dtype) -> torch.dtype:
 def changed(entries: Tensor, values: Tensor) -> Tensor:
     """θ[support] + values in θ's dtype, for `entries` = θ.flatten()[indices]; the sum is in the values' dtype."""
     return (entries.to(values.dtype) + values).to(entries.dtype)
+
+
+def _has_no_support(delta: SparseDelta) -> bool:
+    indices = delta.indices
+    return len(indices) == 0 or indices.is_meta or int(indices[0]) < 0
 
 
 class PendingAdapterError(RuntimeError):
@@ -57,6 +63,7 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer(self.form, support)
         self._derived: dict[Any, tuple[Tensor, int, Any]] = {}
+        self._remembered: nn.Parameter | None = None
 
     @classmethod
     def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
@@ -67,8 +74,24 @@ class SparseDelta(nn.Module):
 
     @property
     def pending(self) -> bool:
-        """Whether there is no support yet."""
-        return bool(self.derive("pending", lambda delta: len(delta.indices) == 0 or int(delta.indices[0]) < 0))
+        """Whether there is no support yet, or none in memory."""
+        return bool(self.derive("pending", _has_no_support))
+
+    def expect_dispatch(self) -> None:
+        """Remember the values: PEFT is about to have Accelerate place the model's layers, on disk perhaps."""
+        self._remembered = self.values
+
+    def stay_at_hand(self) -> None:
+        """Bring the values back if they were offloaded with their layer.
+
+        They are few, and nobody calls a delta, so that Accelerate's hook would never bring them.
+        """
+        remembered, self._remembered = self._remembered, None
+        hook: Any = getattr(self, "_hf_hook", None)
+        if remembered is not None and hook is not None:
+            self.values = remembered
+            remove_hook_from_module(self)
+            self.to(hook.execution_device)
 
     def derive(self, key: Any, make: Callable[[Any], Any]) -> Any:
         """`make(self)`, kept until the support changes: loading, moving and re-choosing all change it."""

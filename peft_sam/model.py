@@ -70,6 +70,11 @@ class SamModel(BaseTuner):
         """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
         return self.peft_config[adapter_name].selection is not None and not has_support(self.model, adapter_name)
 
+    def stay_at_hand(self, adapter_name: str) -> None:
+        """Keep the deltas of a loaded adapter in memory, where PEFT has offloaded them with their layers."""
+        for delta in deltas_of(self.model, adapter_name).values():
+            delta.stay_at_hand()
+
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter whose loading failed."""
         withdraw(self, adapter_name)
@@ -153,7 +158,8 @@ class SamModel(BaseTuner):
     ) -> nn.Module:
         """PEFT's, for `unload` and `merge_and_unload`: if an adapter cannot be merged, the model stays as it is."""
         if merge:
-            self._check_merge(sam_layers(self.model).values(), adapter_names, safe_merge)
+            layers = [layer for layer in sam_layers(self.model).values() if not hasattr(layer.base_layer, "_hf_hook")]
+            self._check_merge(layers, adapter_names, safe_merge)  # offloaded ones are checked one by one
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_paths(model)
         return model
@@ -258,6 +264,9 @@ class SamModel(BaseTuner):
                 {key: indices for key, (indices, _) in parts.items()},
                 {key: values for key, (_, values) in parts.items()},
             )
+            if hasattr(model, "hf_device_map"):
+                for delta in layer.deltas(adapter_name).values():
+                    delta.expect_dispatch()
         if replaces or config.counts != counts_in(found):
             record_counts(config, layers, adapter_name, {} if replaces else config.selection)
         loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}

@@ -24,7 +24,7 @@ TIMEOUT = 4
 def main() -> None:
     failure, sharded = sys.argv[1], sys.argv[2] == "sharded"
     torch.set_num_threads(1)
-    patience = InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=TIMEOUT))
+    patience = InitProcessGroupKwargs(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     rank = accelerator.process_index
     model: Any = get_peft_model(base_model(2 if sharded else 1), SamConfig(density=0.05))

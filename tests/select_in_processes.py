@@ -135,6 +135,7 @@ def collectives(batches: int) -> int:
 
 def main() -> None:
     torch.set_num_threads(1)
+    dist.init_process_group("gloo")
     folder, rank = Path(sys.argv[1]), Accelerator(cpu=True).process_index
     folder.mkdir(exist_ok=True)
     for name, scenario in SCENARIOS.items():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import transformers.utils.hub
 from packaging.version import Version
+from transformers import TrainingArguments
 from transformers.integrations import peft as adapters_of_transformers
 
 compiles = pytest.mark.skipif(
@@ -26,6 +28,13 @@ def checkpoint_activations(model: Any, reentrant: bool) -> None:
     """Gradient checkpointing under whichever of its names the installed transformers knows."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+
+
+def activation_checkpointing(reentrant: bool) -> dict[str, Any]:
+    """The same as options of TrainingArguments."""
+    known = {field.name for field in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": reentrant}}
 
 
 def hub_clients_of_transformers() -> list[Any]:

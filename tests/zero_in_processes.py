@@ -26,6 +26,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     folder.mkdir(exist_ok=True)
+    PartialState(cpu=True, backend="gloo")  # also where torch knows MPI
     accelerator = Accelerator(cpu=True)
     rank, number = accelerator.process_index, accelerator.num_processes
     plugin = DeepSpeedPlugin(
