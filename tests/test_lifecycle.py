@@ -28,6 +28,7 @@ from peft_sam import SamConfig, select_parameters
 from peft_sam.candidates import deltas_of
 from peft_sam.checkpoint import sam_layers
 from tests.cases import MODULES, ModuleCase, bert, gpt2, names
+from tests.reference import adapted_copy
 
 IDS = torch.arange(12).view(2, 6)
 BATCH = {"input_ids": IDS, "labels": torch.tensor([0, 1])}
@@ -386,3 +387,41 @@ def test_an_adapter_follows_its_base_model_to_new_names(tmp_path: Path) -> None:
     new.save_pretrained(tmp_path / "new")
     again = PeftModel.from_pretrained(Inside(stack), tmp_path / "new")
     assert torch.equal(again(x), old(x))
+
+
+def test_transformers_own_methods_switch_and_delete_adapters() -> None:
+    base = bert().eval()
+    model = copy.deepcopy(base)
+    model.add_adapter(config(), "one")
+    with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):  # PEFT's, at every second one
+        model.add_adapter(config(target_modules="all", seed=1), "two")
+    alone = {}
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        assert model.active_adapters() == [name]
+        alone[name] = logits(model)
+    model.set_adapter(["one", "two"])
+    together = logits(model)
+    assert not any(torch.equal(together, other) for other in alone.values())
+    model.delete_adapter("one")
+    assert torch.equal(logits(model), alone["two"])
+    model.delete_adapter("two")
+    assert torch.equal(logits(model), logits(base))
+
+
+def test_a_tied_head_that_is_trained_densely_leaves_the_embedding_its_delta(tmp_path: Path) -> None:
+    base = gpt2().eval()
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["wte"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(copy.deepcopy(base), config(**options)).eval()
+    nn.init.normal_(model.get_base_model().lm_head.modules_to_save["default"].weight)
+    expected = logits(model)
+    dense = adapted_copy(base, model.base_model.sparse_deltas())
+    dense.lm_head = copy.deepcopy(model.get_base_model().lm_head.modules_to_save["default"])
+    torch.testing.assert_close(expected, logits(dense))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(base))
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    with pytest.warns(UserWarning, match="Input and output embeddings are no longer tied"):
+        torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
