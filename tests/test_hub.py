@@ -12,9 +12,11 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from transformers import Trainer
 
 from peft_sam import SamConfig, card, report, select_parameters
 from tests.cases import NETS, bert
+from tests.test_selector import arguments, text_data
 
 BATCH = NETS[0].batch(3)
 
@@ -141,3 +143,26 @@ def test_another_process_loads_the_adapter_after_the_import(hub: Any, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.split()[-1]) == model.peft_config["default"].selection["k"]
     assert HfApi().file_exists("me/my-adapter", "adapter_model.safetensors")
+
+
+def test_a_trainer_pushes_the_adapter_that_it_trained(hub: Any, tmp_path: Path) -> None:
+    base = bert()
+    fresh = copy.deepcopy(base)
+    model: Any = get_peft_model(base, SamConfig(task_type="SEQ_CLS", density=0.05))
+    args = arguments(
+        tmp_path / "run",
+        learning_rate=1e-2,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+        push_to_hub=True,
+        hub_model_id="me/trained",
+        hub_strategy="end",
+    )
+    trainer = Trainer(model=model, args=args, train_dataset=text_data(8))
+    select_parameters(trainer)
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(hub.files("me/trained"))
+    loaded: Any = PeftModel.from_pretrained(fresh, "me/trained")
+    assert torch.equal(loaded.eval()(**BATCH).logits, model.eval()(**BATCH).logits)
