@@ -1,7 +1,7 @@
 """What `peft.utils.hotswap.hotswap_adapter` does with sparse adapters: one's deltas and heads in place of another's.
 
-Parameters whose supports have the same size keep their tensors, so that a compiled model need not be compiled again:
-never for inference; for training only if the plans of the linear layers have blocks of other sizes.
+Parameters whose supports have the same size keep their tensors, so that a compiled model infers on as it is. It trains
+on as it is, too, unless the plans of its linear layers get blocks of other sizes.
 """
 
 from __future__ import annotations

@@ -32,7 +32,10 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*offloaded:UserWarning")
-def test_a_model_with_a_layer_on_disk_selects_trains_loads_and_merges_as_one_in_memory(tmp_path: Path) -> None:
+def test_a_model_with_a_layer_on_disk_selects_trains_loads_and_merges_as_one_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # PEFT writes the offloaded layers anew below the working directory
     llama().save_pretrained(tmp_path / "base")
     parts = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
     places = {name: "disk" if name == "model.layers.1" else "cpu" for name in parts}
