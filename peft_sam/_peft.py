@@ -278,7 +278,7 @@ def _register_files(config_cls: type, model_cls: Any, other_base: type[Warning])
                     warnings.simplefilter("error", other_base)
                 result = _load_adapter(self, model_id, adapter_name, *args, **kwargs)
                 if is_ours():
-                    self.base_model.stay_at_hand(adapter_name)
+                    model_cls.stay_at_hand(self.base_model, adapter_name)
                 return result
         except BaseException as error:
             if isinstance(error, other_base):
