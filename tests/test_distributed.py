@@ -7,7 +7,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -19,27 +22,47 @@ from tests.select_in_processes import SCENARIOS
 ROOT = Path(__file__).parent.parent
 
 
-def free_port() -> str:
+def start(script: str, *arguments: str, processes: int, errors: IO[str] | None = None) -> list[subprocess.Popen[str]]:
+    """Start a script of the tests in so many processes that know of each other (torchrun needs a torch with libuv)."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+        port = str(free.getsockname()[1])
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    together = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **size,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", f"tests.{script}", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL if errors else subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
 
 
 def launch(script: str, processes: int, file: Path) -> Path:
-    """Run a script of the tests, which writes a file, in so many processes."""
-    # by address and port: --standalone needs libuv, which not every build of torch has
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run"]
-    together = ["--master-addr=127.0.0.1", f"--master-port={free_port()}", f"--nproc-per-node={processes}"]
-    done = subprocess.run(
-        [*command, *together, "-m", f"tests.{script}", str(file)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "DS_ACCELERATOR": "cpu"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    """Run a script of the tests, which writes a file, in so many processes; one that fails ends the others."""
+    with tempfile.TemporaryFile("w+") as errors:
+        running = start(script, str(file), processes=processes, errors=errors)
+        stop = time.monotonic() + 300
+        while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
+            if time.monotonic() > stop:
+                break
+            time.sleep(0.05)
+        codes = [one.poll() for one in running]
+        for one in running:
+            one.kill()
+            one.wait()
+        errors.seek(0)
+        assert codes == [0] * processes, errors.read()[-3000:]
     return file
 
 
@@ -146,17 +169,7 @@ def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -
 
 def fail(failure: str, sharded: str) -> list[str]:
     """What each of two processes printed when the second failed."""
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.fail_in_processes", failure, sharded],
-            cwd=ROOT,
-            env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    both = start("fail_in_processes", failure, sharded, processes=2)
     first = both[0].communicate(timeout=120)[0]
     if failure == "hang":
         both[1].kill()
