@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from peft_sam import _peft
-from peft_sam._peft import SAM_SPARSE, hotswap, pickle_allowed
+from peft_sam._peft import SAM_SPARSE, hotswap
 from peft_sam.checkpoint import KEY, layers_with, module_of, read_file, sam_layers
 from peft_sam.config import SamConfig
 from peft_sam.fingerprint import check_base
@@ -80,13 +80,14 @@ def register_swap() -> None:
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:
         where = {key: kwargs.get(key) for key in ("subfolder", "revision", "cache_dir", "token")}
         kwargs.pop("strict_base", None)  # it went into the config
-        token = pickle_allowed.set(lambda: not isinstance(PeftConfig.from_pretrained(model_id, **where), SamConfig))
+        allowed = _peft.pickle_allowed  # a reloaded module has another one
+        token = allowed.set(lambda: not isinstance(PeftConfig.from_pretrained(model_id, **where), SamConfig))
         try:
             return _load_peft_weights(model_id, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
         finally:
-            pickle_allowed.reset(token)
+            allowed.reset(token)
 
     @functools.wraps(_swap_state_dict)
     def hotswap_adapter_from_state_dict(

@@ -44,13 +44,13 @@ def test_the_quickstart_compares_methods_on_a_folder_of_json_lines(tmp_path: Pat
     assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["SAM", "LoRA", "full"]
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_the_causal_lm_example_generates_and_restores_every_bit(tmp_path: Path) -> None:
     printed = run("02_causal_lm.py", "--base-steps", "3", "--steps", "2", "--output", str(tmp_path))
     assert "merged model writes the same text: True; unmerging restores every bit: True" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.extra
 def test_gradient_masks_load_into_stock_sparse_tuners(tmp_path: Path) -> None:
     printed = run("03_statistics_only.py", "--examples", "32", "--steps", "1", "--output", str(tmp_path))
     rows = {line[:26].strip(): line[26:].split() for line in printed.splitlines()[-4:]}
