@@ -133,5 +133,7 @@ def _of(k: int | None, m: int | None) -> str:
 
 def _pass(chosen: dict[str, object]) -> str:
     if chosen.get("batches"):
-        return f"{chosen['samples']:,.0f} samples in {chosen['batches']:,} batches"
+        steps = chosen.get("head_warmup_steps")
+        warm = f", after {steps:,} steps of training the head alone" if steps else ""
+        return f"{chosen['samples']:,.0f} samples in {chosen['batches']:,} batches{warm}"
     return "no data" if "batches" in chosen else "not recorded"

@@ -90,7 +90,7 @@ def accumulate(
         processes = Processes(sums.sharing.device)
     samples, number = 0.0, 0
     with ExitStack() as stack:
-        stack.enter_context(_as_before(model, sums.leaves, train_mode))
+        stack.enter_context(as_before(model, sums.leaves, train_mode))
         stack.enter_context(sums.listening(model))
         bar = stack.enter_context(
             tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
@@ -126,7 +126,7 @@ def accumulate(
 
 
 @contextmanager
-def _as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: bool) -> Iterator[None]:
+def as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: bool) -> Iterator[None]:
     """Give only `parameters` gradients and set the mode; put everything back at the end."""
     wanted = {id(parameter) for parameter in parameters.values()}
     everything = {id(p): p for p in (*model.parameters(), *parameters.values())}.values()

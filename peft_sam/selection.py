@@ -15,6 +15,7 @@ from torch import Tensor
 from peft_sam.support import check_support
 
 METADATA_KEY = "peft_sam.selection"
+NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps")
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Selection:
         threshold: the smallest selected score ("global"), or the smallest of the tensors' thresholds ("tensor").
         samples: examples (target tokens for language models) whose mean loss was differentiated; 0 without data.
         batches, seconds: extent of the pass over the data.
+        head_warmup_steps: for so many steps the head was trained alone before the pass.
     """
 
     indices: dict[str, Tensor]
@@ -40,6 +42,7 @@ class Selection:
     samples: float = 0.0
     batches: int = 0
     seconds: float = 0.0
+    head_warmup_steps: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -68,6 +71,7 @@ class Selection:
             "samples": self.samples,
             "batches": self.batches,
             "seconds": round(self.seconds, 3),
+            "head_warmup_steps": self.head_warmup_steps,
             "counts": self.counts,
         }
 
@@ -78,6 +82,8 @@ class Selection:
         ]
         if self.batches:
             lines.append(f"from {self.samples:,.0f} samples in {self.batches} batches, {self.seconds:.1f} s")
+        if self.head_warmup_steps:
+            lines.append(f"after {self.head_warmup_steps} steps of training the head alone")
         counts = self.counts
         width = max((len(name) for name in counts), default=0)
         for name in sorted(counts, key=lambda name: -counts[name])[:10]:
@@ -94,10 +100,7 @@ class Selection:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the selection to one safetensors file."""
-        about = {
-            key: getattr(self, key)
-            for key in ("score", "budget", "density", "threshold", "samples", "batches", "seconds")
-        }
+        about = {key: getattr(self, key) for key in ("score", "budget", *NUMBERS)}
         about["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         save_file({n: i.contiguous() for n, i in self.indices.items()}, path, {METADATA_KEY: json.dumps(about)})
 
@@ -117,7 +120,7 @@ class Selection:
                 shapes = {name: torch.Size(shape) for name, shape in about.pop("shapes").items()}
                 indices = {name: file.get_tensor(name) for name in shapes}
             selection = cls(indices, shapes, **about)
-            numbers = (selection.density, selection.threshold, selection.samples, selection.batches, selection.seconds)
+            numbers = [getattr(selection, name) for name in NUMBERS]
             if not all(isinstance(number, (int, float)) for number in numbers):
                 raise TypeError(f"expected numbers, got {numbers}")
         except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:

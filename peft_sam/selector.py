@@ -16,11 +16,13 @@ from peft_sam.candidates import apply_selection, candidates_of, deltas_of
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
+from peft_sam.delta import SparseDelta
 from peft_sam.layer import selecting
 from peft_sam.passes import select_by_data
 from peft_sam.processes import Processes
 from peft_sam.selection import Selection
 from peft_sam.twin import sharded_twin
+from peft_sam.warmup import copy_whole, put_back_on_error, warm_head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,6 +39,8 @@ def select_parameters(
     max_batches: int | None = None,
     memory_budget: int | str | None = None,
     train_mode: bool = False,
+    head_warmup_steps: int = 0,
+    head_warmup_lr: float = 1e-3,
     selection: Selection | None = None,
     progress: bool | None = None,
 ) -> Selection:
@@ -61,6 +65,10 @@ def select_parameters(
             candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
             selection is the same.
         train_mode: run the model in train mode (dropout on), as the paper's code does.
+        head_warmup_steps: first train what is trained besides the adapter, as the new head in `modules_to_save`, alone
+            for so many batches (of each process), and keep it so: the gradient under a random head tells of the head's
+            noise, too. With AdamW without weight decay, in train mode.
+        head_warmup_lr: learning rate of that, which falls linearly to zero.
         selection: use this selection, for instance a loaded one, instead of running the pass.
         progress: a progress bar on the main process; by default on, for a Trainer as in its training.
 
@@ -68,7 +76,8 @@ def select_parameters(
         The selection, which prints as a short table and can be saved.
 
     Raises:
-        ValueError: if there is no pending SAM adapter, nothing to select by, or a batch has no loss.
+        ValueError: if there is no pending SAM adapter, nothing to select by, a batch has no loss, or a head is to be
+            warmed up and there is none. The model is as before, also after an interruption.
         FloatingPointError: if a loss or gradient is NaN or infinite.
     """
     trainer = source if isinstance(source, Trainer) else None
@@ -85,36 +94,70 @@ def select_parameters(
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
-    if selection is None and not config.needs_data:
-        selection = choose_for(candidates_of(adapted, adapter_name), config)
-    if selection is None:
-        passing = sharded_twin(model, accelerator)
-        source_of_batches = (
-            from_trainer(trainer, passing, count_fn)
-            if trainer is not None
-            else from_loader(passing, dataloader, accelerator, loss_fn, count_fn)
+    if head_warmup_steps < 0 or not head_warmup_lr > 0:
+        raise ValueError(
+            "head_warmup_steps must be at least 0 and head_warmup_lr above 0; got "
+            f"{head_warmup_steps} and {head_warmup_lr}."
         )
-        with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
-            selection = select_by_data(
-                passing,
-                _adapted_part(passing),
-                adapter_name,
-                config,
-                batches,
-                loss,
-                max_batches=max_batches,
-                memory_budget=memory_budget,
-                train_mode=train_mode,
-                processes=_processes(accelerator),
-                progress=_wants_progress(trainer, accelerator, progress),
+    head = _head_of(model) if head_warmup_steps else {}
+    if head_warmup_steps and not head:
+        raise ValueError(
+            f"head_warmup_steps={head_warmup_steps} trains what is trained besides the adapter, and nothing is: name "
+            "the new head in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
+        )
+    with put_back_on_error(head.values()):
+        if head or (selection is None and config.needs_data):
+            passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
+            shown = _wants_progress(trainer, accelerator, progress)
+            source_of_batches = (
+                from_trainer(trainer, passing, count_fn)
+                if trainer is not None
+                else from_loader(passing, dataloader, accelerator, loss_fn, count_fn)
             )
-    apply_selection(adapted, adapter_name, config, selection)
+            with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
+                if head:
+                    its_head = _head_of(passing)
+                    warm_head(
+                        passing,
+                        its_head,
+                        batches,
+                        loss,
+                        steps=head_warmup_steps,
+                        lr=head_warmup_lr,
+                        processes=processes,
+                        progress=shown,
+                    )
+                    copy_whole(its_head, head)
+                if selection is None and config.needs_data:
+                    selection = select_by_data(
+                        passing,
+                        _adapted_part(passing),
+                        adapter_name,
+                        config,
+                        batches,
+                        loss,
+                        max_batches=max_batches,
+                        memory_budget=memory_budget,
+                        train_mode=train_mode,
+                        processes=processes,
+                        progress=shown,
+                    )
+                    selection.head_warmup_steps = head_warmup_steps
+        if selection is None:
+            selection = choose_for(candidates_of(adapted, adapter_name), config)
+        apply_selection(adapted, adapter_name, config, selection)
     return selection
 
 
 def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
     return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+
+
+def _head_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained besides SAM adapters, by name."""
+    sparse = {id(p) for module in model.modules() if isinstance(module, SparseDelta) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
 
 
 def _adapted_part(model: nn.Module) -> nn.Module:

@@ -107,8 +107,8 @@ class Sums:
             ValueError: if the loss is not one number, or has no gradient.
             FloatingPointError: if it or a gradient is NaN or infinite.
         """
-        _check_loss(loss.value, number)
-        scale = _loss_scale(loss.value, self.parameters.values())
+        check_loss(loss.value, number)
+        scale = loss_scale(loss.value, self.parameters.values())
         self.weight, self.unscale = loss.samples, 1.0 / scale
         self.seen.clear()
         self.of_calls.clear()
@@ -204,17 +204,23 @@ class Sums:
         return self.tensors
 
 
-def _check_loss(loss: Tensor, number: int) -> None:
+def check_loss(loss: Tensor, number: int, depends_on: str = "candidate parameters") -> None:
+    """Whether a loss can be differentiated.
+
+    Raises:
+        ValueError: if it is not one number, or does not depend on what it should.
+    """
     if loss.numel() != 1:
         raise ValueError(f"the loss of batch {number} has shape {tuple(loss.shape)}; expected one number, a mean.")
     if not loss.requires_grad:
         raise ValueError(
-            f"the loss of batch {number} does not depend on the candidate parameters: it has no gradient. Check that "
+            f"the loss of batch {number} does not depend on the {depends_on}: it has no gradient. Check that "
             "the loss is computed from the model's outputs and not detached."
         )
 
 
-def _loss_scale(loss: Tensor, parameters: Iterable[Tensor]) -> float:
+def loss_scale(loss: Tensor, parameters: Iterable[Tensor]) -> float:
+    """What a loss is multiplied by for its backward pass."""
     autocast = torch.is_autocast_enabled(loss.device.type) and torch.get_autocast_dtype(loss.device.type)
     half = autocast == torch.float16 or any(p.dtype == torch.float16 for p in parameters)
     return HALF_PRECISION_LOSS_SCALE if half else 1.0

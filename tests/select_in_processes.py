@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainingArguments
 
@@ -80,6 +80,19 @@ def generator() -> Any:
     return get_peft_model(gpt2(), SamConfig(task_type="CAUSAL_LM", density=0.05))
 
 
+def with_a_warm_head(rows: Rows, rows_of_a_step: int) -> Selection:
+    """Steps of the warm-up see the same rows however many processes share them."""
+    model = classifier()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    accelerator = Accelerator(cpu=True)
+    loader = DataLoader(rows, batch_size=rows_of_a_step // accelerator.num_processes, collate_fn=together)  # type: ignore[arg-type]
+    return select_parameters(
+        model, loader, accelerator=accelerator, head_warmup_steps=3, head_warmup_lr=0.02, progress=False
+    )
+
+
 SCENARIOS: dict[str, Callable[[str], Selection]] = {
     "sizes that divide": lambda _: by_loader(sentences(24), 2, classifier(), together),
     "sizes that do not divide": lambda _: by_loader(sentences(23), 3, classifier(), together),
@@ -102,6 +115,7 @@ SCENARIOS: dict[str, Callable[[str], Selection]] = {
         together,
         dataloader_config=DataLoaderConfiguration(dispatch_batches=True),
     ),
+    "a warm head": lambda _: with_a_warm_head(sentences(23), 12),
     "a Trainer, accumulating": lambda folder: by_trainer(sentences(23), classifier(), folder),
 }
 

@@ -54,9 +54,14 @@ def by_accelerate(folder: Path, number: int) -> None:
         assert accelerator.is_fsdp2
     torch.manual_seed(0)
     model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
-    loader = DataLoader(sentences(23), batch_size=3, collate_fn=together)  # type: ignore[arg-type]
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    loader = DataLoader(sentences(23), batch_size=12 // number, collate_fn=together)  # type: ignore[arg-type]
     name = "accelerate"
-    selection = select_parameters(model, loader, accelerator=accelerator, progress=False)
+    selection = select_parameters(
+        model, loader, accelerator=accelerator, head_warmup_steps=3, head_warmup_lr=0.02, progress=False
+    )
     selection.save(folder / f"{name}-{accelerator.process_index}.safetensors")
     optimizer: Any = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     model, optimizer = accelerator.prepare(model, optimizer)

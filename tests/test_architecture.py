@@ -19,6 +19,7 @@ CHOOSING = [
     "linear_calls",
     "sums",
     "gradients",
+    "warmup",
     "choosing",
     "groups",
 ]

@@ -198,22 +198,3 @@ def _timed(found: Trained, device: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     found.evaluation += time.perf_counter() - start
-
-
-def warm_head(model: nn.Module, setup: Setup, steps: int, lr: float, batches: Iterable[dict[str, Tensor]]) -> None:
-    """Train the head alone, at a rate that falls linearly to zero; the rest of the model stays as it is."""
-    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    head = [parameter for _, parameter in named_head(model, setup)]
-    model.requires_grad_(False).train()
-    for parameter in head:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(head, lr=lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    source = endless(batches)
-    for _ in range(steps):
-        model(**next(source)).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(flags[name])

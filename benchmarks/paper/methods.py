@@ -17,6 +17,7 @@ from benchmarks.paper.methods_dense import Full, HeadOnly
 from benchmarks.paper.methods_peft import Ia3, Lora, Shira, Supertuning
 from benchmarks.paper.methods_sam import BitFit, Sparse
 from benchmarks.paper.mixout import Mixout
+from benchmarks.paper.movement import Movement
 
 # A new method is one row.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -34,6 +35,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sam": Sparse,
     "sam_tensor": partial(Sparse, budget="tensor"),
     "sam_curvature": partial(Sparse, score="sam_curvature"),
+    "movement": Movement,
     "shira": Shira,
     "supertuning": Supertuning,
     "ia3": Ia3,

@@ -20,11 +20,12 @@ from torch import nn
 import peft_sam
 from benchmarks.common import environment
 from benchmarks.paper.batches import Batches, in_order
-from benchmarks.paper.loop import Recipe, evaluate, train, warm_head
+from benchmarks.paper.loop import Recipe, evaluate, train
 from benchmarks.paper.method import named_head
 from benchmarks.paper.methods import OF_THE_RUN, parse
 from benchmarks.paper.models import build, setup_of, where_is
 from benchmarks.paper.tasks import Row, encoded_task, without
+from peft_sam.warmup import warm_head
 
 EVALUATION_BATCH = 64
 # The training metric is measured on at most so many rows, the same for all runs on the same rows.
@@ -122,7 +123,15 @@ def execute(run: Run, source: str, curve: bool = False) -> dict[str, Any]:
     )
     loaded = time.perf_counter()
     if options["head_warmup"]:
-        warm_head(model, setup, options["head_warmup"], options["head_warmup_lr"], batches(2_000_000))
+        warm_head(
+            model,
+            dict(named_head(model, setup)),
+            batches(2_000_000),
+            lambda batch: peft_sam.Loss(model(**batch).loss, len(batch["labels"])),
+            steps=options["head_warmup"],
+            lr=options["head_warmup_lr"],
+            progress=False,
+        )
     method = spec.make()
     model = method.start(model, setup)
     for _, parameter in named_head(model, setup):
