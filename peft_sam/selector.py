@@ -94,17 +94,7 @@ def select_parameters(
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
-    if head_warmup_steps < 0 or not head_warmup_lr > 0:
-        raise ValueError(
-            "head_warmup_steps must be at least 0 and head_warmup_lr above 0; got "
-            f"{head_warmup_steps} and {head_warmup_lr}."
-        )
-    head = _head_of(model) if head_warmup_steps else {}
-    if head_warmup_steps and not head:
-        raise ValueError(
-            f"head_warmup_steps={head_warmup_steps} trains what is trained besides the adapter, and nothing is: name "
-            "the new head in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
-        )
+    head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
     with put_back_on_error(head.values()):
         if head or (selection is None and config.needs_data):
             passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
@@ -152,6 +142,23 @@ def select_parameters(
 def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
     return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+
+
+def _head_to_warm(model: nn.Module, steps: int, lr: float) -> dict[str, nn.Parameter]:
+    """What is trained besides the adapter, by name; nothing if it is not to be warmed up.
+
+    Raises:
+        ValueError: if it is, and there is none, or the numbers make no sense.
+    """
+    if steps < 0 or not lr > 0:
+        raise ValueError(f"head_warmup_steps must be at least 0 and head_warmup_lr above 0; got {steps} and {lr}.")
+    head = _head_of(model) if steps else {}
+    if steps and not head:
+        raise ValueError(
+            f"head_warmup_steps={steps} trains what is trained besides the adapter, and nothing is: name the new head "
+            "in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
+        )
+    return head
 
 
 def _head_of(model: nn.Module) -> dict[str, nn.Parameter]:
