@@ -30,6 +30,12 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
     }
 
 
+def trained_besides(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained besides SAM adapters, by name: a new head in `modules_to_save`."""
+    sparse = {id(p) for module in model.modules() if isinstance(module, SparseDelta) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
+
+
 def has_support(model: nn.Module, adapter_name: str) -> bool:
     """Whether any delta of the adapter has its support."""
     return any(not delta.pending for delta in deltas_of(model, adapter_name).values())

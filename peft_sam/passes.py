@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from peft_sam.batches import replayed
-from peft_sam.candidates import candidates_of, hidden_of
+from peft_sam.candidates import candidates_of, hidden_of, trained_besides
 from peft_sam.choosing import choose
 from peft_sam.config import CURVATURES, SamConfig
 from peft_sam.curvature import damped
-from peft_sam.gradients import GradientStatistics, accumulate
+from peft_sam.gradients import accumulate
 from peft_sam.groups import Group, choose_by_groups, groups_within
 from peft_sam.linear import SamLinear
 from peft_sam.linear_calls import LinearCall
+from peft_sam.movement import rehearse
 from peft_sam.processes import Processes
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
@@ -82,39 +83,44 @@ def select_by_data(
     progress: bool,
 ) -> Selection:
     """Run the passes of `model` for a pending adapter of `adapted`, itself or a part of it, and choose."""
-    candidates, calls = candidates_of(adapted, adapter_name), _linear_calls(adapted, adapter_name)
-    passes = _passes(candidates, config, memory_budget)
-    alone = len(passes.groups) == 1
-    again = iter([batches]) if alone else replayed(batches)
-    if progress and memory_budget is not None:
-        tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
-    seen: list[GradientStatistics] = []
-
-    def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
-        found = accumulate(
-            model,
-            {name: candidates[name] for name in group},
-            _first(next(again), max_batches),
-            loss,
-            statistics=config.statistics,
-            train_mode=train_mode,
-            probes=config.probes,
-            seed=config.seed,
-            hidden={name: call for name, call in calls.items() if name in group},
-            pieces={} if alone else group,
-            in_host_memory=passes.in_host_memory,
-            processes=processes,
-            total=_length(batches, max_batches),
-            progress=progress,
-        )
-        seen.append(found)
-        return _curved(candidates, config, found.tensors)
-
+    candidates, seen = candidates_of(adapted, adapter_name), []
     options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
-    if alone:
-        selection = choose(candidates, statistics=run(passes.groups[0]), **options)
+    passes = _passes(candidates, config, memory_budget)
+    if "movement" in config.statistics:
+        steps, besides = _steps(batches, max_batches, processes), trained_besides(model)
+        found = rehearse(model, candidates, besides, batches, loss, steps=steps, processes=processes, progress=progress)
+        seen.append(found)
+        selection = choose(candidates, statistics=found.tensors, **options)
     else:
-        selection = choose_by_groups(candidates, passes.groups, run, **options)
+        calls, alone = _linear_calls(adapted, adapter_name), len(passes.groups) == 1
+        again = iter([batches]) if alone else replayed(batches)
+        if progress and memory_budget is not None:
+            tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
+
+        def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
+            found = accumulate(
+                model,
+                {name: candidates[name] for name in group},
+                _first(next(again), max_batches),
+                loss,
+                statistics=config.statistics,
+                train_mode=train_mode,
+                probes=config.probes,
+                seed=config.seed,
+                hidden={name: call for name, call in calls.items() if name in group},
+                pieces={} if alone else group,
+                in_host_memory=passes.in_host_memory,
+                processes=processes,
+                total=_length(batches, max_batches),
+                progress=progress,
+            )
+            seen.append(found)
+            return _curved(candidates, config, found.tensors)
+
+        if alone:
+            selection = choose(candidates, statistics=run(passes.groups[0]), **options)
+        else:
+            selection = choose_by_groups(candidates, passes.groups, run, **options)
     selection.samples, selection.batches = seen[-1].samples, seen[-1].batches
     selection.seconds = sum(one.seconds for one in seen)
     return selection
@@ -137,6 +143,11 @@ def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: 
     Raises:
         ValueError: if the budget is no size, or the score cannot be computed for some candidates at a time.
     """
+    if memory_budget is not None and "movement" in config.statistics:
+        raise ValueError(
+            "memory_budget divides the statistics of a pass, and score 'movement' has none: it trains all candidates "
+            "together, which takes five float32 numbers an entry. Leave memory_budget out."
+        )
     sizes = {name: parameter.numel() for name, parameter in candidates.items()}
     if memory_budget is None:
         return Passes(_all(sizes), False)
@@ -158,6 +169,20 @@ def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: 
             "absolute_damping=True, or leave out memory_budget."
         )
     return passes
+
+
+def _steps(batches: Iterable[Any], max_batches: int | None, processes: Processes | None) -> int:
+    """Of a rehearsal: as many on every process.
+
+    Raises:
+        ValueError: if nobody knows how many batches there are.
+    """
+    steps = max_batches or _length(batches, None)
+    if steps is None:
+        raise ValueError(
+            "score 'movement' must know how many steps to take, and the loader has no length: pass max_batches."
+        )
+    return max(1, *processes.objects(steps)) if processes else max(1, steps)
 
 
 def _linear_calls(model: nn.Module, adapter_name: str) -> dict[str, LinearCall]:

@@ -4,6 +4,7 @@ A score is a pure, elementwise function whose argument names say what it needs, 
 
 * `weight`            θ⁰, the entry's pretrained value;
 * `gradient`          g = ∂L/∂θ at θ⁰, L the *mean* loss over the examples;
+* `movement`          θ¹ − θ⁰, how far a short dense training moves the entry;
 * `squared_gradient`  the mean over micro-batches b of g_b², weighted by their sizes;
 * `noise`             a seeded uniform number in [0, 1);
 * `is_bias`           1 for an entry of a bias (a vector named so), else 0.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # What the pass over the data accumulates; the other inputs of a score need no data.
-DATA_INPUTS = ("gradient", "squared_gradient", "curvature")
+DATA_INPUTS = ("gradient", "squared_gradient", "curvature", "movement")
 # What is made from a parameter's name and shape and the seed.
 MADE_INPUTS = ("noise", "is_bias")
 
@@ -51,6 +52,16 @@ def fisher(squared_gradient: Tensor) -> Tensor:
     empirical Fisher diagonal over examples (the mask of FISH, Sung et al. 2021, arXiv 2111.09839).
     """
     return squared_gradient
+
+
+def movement(movement: Tensor) -> Tensor:
+    """|θ¹ − θ⁰|, θ¹ after a short full fine-tuning, which is then undone (`peft_sam.movement`).
+
+    The lottery-ticket mask of Ansell et al. 2022 (arXiv 2110.07560). In the quadratic model of Theorem 3 the optimum
+    lies at θ⁰ − g/h, and the k entries with the largest h (θ¹ − θ⁰)² lower it the most: with h bounded by one number,
+    as there, the order is this one, of an optimum that is walked towards and not extrapolated.
+    """
+    return movement.abs()
 
 
 def magnitude(weight: Tensor) -> Tensor:
@@ -91,5 +102,5 @@ class Score:
 
 SCORES: dict[str, Score] = {
     function.__name__: Score(function, tuple(inspect.signature(function).parameters))
-    for function in (sam, sam_curvature, fisher, magnitude, random, bias)
+    for function in (sam, sam_curvature, movement, fisher, magnitude, random, bias)
 }

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from peft_sam.batches import from_loader, from_trainer
-from peft_sam.candidates import apply_selection, candidates_of, deltas_of
+from peft_sam.candidates import apply_selection, candidates_of, deltas_of, trained_besides
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
-from peft_sam.delta import SparseDelta
+from peft_sam.dense import copy_whole, put_back, train_densely
 from peft_sam.layer import selecting
 from peft_sam.passes import select_by_data
 from peft_sam.processes import Processes
 from peft_sam.selection import Selection
 from peft_sam.twin import sharded_twin
-from peft_sam.warmup import copy_whole, put_back_on_error, warm_head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -60,7 +59,7 @@ def select_parameters(
         loss_fn: (model, batch) → mean loss of the batch, with a model. By default `model(**batch).loss`.
         count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
             default the number of target tokens where `labels` are token labels, else the number of examples.
-        max_batches: stop after so many batches; None for all of them.
+        max_batches: stop after so many batches; None for all of them. Of the score "movement": the number of steps.
         memory_budget: for the statistics, in bytes or as "8GiB"; None for what one pass needs, a float32 number per
             candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
             selection is the same.
@@ -95,7 +94,7 @@ def select_parameters(
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
     head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
-    with put_back_on_error(head.values()):
+    with put_back(head.values(), only_on_error=True):
         if head or (selection is None and config.needs_data):
             passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
             shown = _wants_progress(trainer, accelerator, progress)
@@ -106,12 +105,13 @@ def select_parameters(
             )
             with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
                 if head:
-                    its_head = _head_of(passing)
-                    warm_head(
+                    its_head = trained_besides(passing)
+                    train_densely(
                         passing,
                         its_head,
                         batches,
                         loss,
+                        what="Head warm-up",
                         steps=head_warmup_steps,
                         lr=head_warmup_lr,
                         processes=processes,
@@ -152,19 +152,13 @@ def _head_to_warm(model: nn.Module, steps: int, lr: float) -> dict[str, nn.Param
     """
     if steps < 0 or not lr > 0:
         raise ValueError(f"head_warmup_steps must be at least 0 and head_warmup_lr above 0; got {steps} and {lr}.")
-    head = _head_of(model) if steps else {}
+    head = trained_besides(model) if steps else {}
     if steps and not head:
         raise ValueError(
             f"head_warmup_steps={steps} trains what is trained besides the adapter, and nothing is: name the new head "
             "in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
         )
     return head
-
-
-def _head_of(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What is trained besides SAM adapters, by name."""
-    sparse = {id(p) for module in model.modules() if isinstance(module, SparseDelta) for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
 
 
 def _adapted_part(model: nn.Module) -> nn.Module:

@@ -70,9 +70,9 @@ def by_trainer(rows: Rows, model: Any, folder: str) -> Selection:
     return select_parameters(trainer, progress=False)
 
 
-def classifier() -> Any:
+def classifier(**options: Any) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
+    return get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05, **options))
 
 
 def generator() -> Any:
@@ -80,9 +80,9 @@ def generator() -> Any:
     return get_peft_model(gpt2(), SamConfig(task_type="CAUSAL_LM", density=0.05))
 
 
-def with_a_warm_head(rows: Rows, rows_of_a_step: int) -> Selection:
-    """Steps of the warm-up see the same rows however many processes share them."""
-    model = classifier()
+def with_a_warm_head(rows: Rows, rows_of_a_step: int, **options: Any) -> Selection:
+    """Steps of dense training see the same rows however many processes share them."""
+    model = classifier(**options)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -116,6 +116,7 @@ SCENARIOS: dict[str, Callable[[str], Selection]] = {
         dataloader_config=DataLoaderConfiguration(dispatch_batches=True),
     ),
     "a warm head": lambda _: with_a_warm_head(sentences(23), 12),
+    "a warm head and movement": lambda _: with_a_warm_head(sentences(23), 12, score="movement"),
     "a Trainer, accumulating": lambda folder: by_trainer(sentences(23), classifier(), folder),
 }
 

@@ -19,7 +19,8 @@ CHOOSING = [
     "linear_calls",
     "sums",
     "gradients",
-    "warmup",
+    "dense",
+    "movement",
     "choosing",
     "groups",
 ]

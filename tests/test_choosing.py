@@ -30,6 +30,7 @@ def statistics(of: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return {
         "gradient": gradient,
         "squared_gradient": {name: g**2 for name, g in gradient.items()},
+        "movement": {name: torch.randn_like(g) for name, g in gradient.items()},
         "curvature": {name: torch.rand_like(g) + 0.1 for name, g in gradient.items()},
     }
 
@@ -130,7 +131,7 @@ def test_ties_go_to_the_earlier_parameter_and_position() -> None:
 def test_every_score_documents_its_formula_and_is_elementwise() -> None:
     for name, row in SCORES.items():
         assert inspect.getdoc(row.function), name
-        inputs = [torch.rand(3, 4) - (0.5 if kind in ("weight", "gradient") else 0) for kind in row.inputs]
+        inputs = [torch.rand(3, 4) - (0.5 if kind in ("weight", "gradient", "movement") else 0) for kind in row.inputs]
         whole = row.function(*inputs)
         assert whole.shape == (3, 4)
         assert bool((whole >= 0).all())

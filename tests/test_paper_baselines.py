@@ -16,7 +16,6 @@ from benchmarks.paper.houlsby import INIT, HoulsbyAdapter
 from benchmarks.paper.masked import candidates
 from benchmarks.paper.method import Setup, named_head
 from benchmarks.paper.mixout import Mixout
-from benchmarks.paper.movement import Movement
 from peft_sam.threshold import budget_of
 from tests.paper_models import DENSITY, METHODS, STEPS, changed, logits, make, train, weights
 
@@ -75,36 +74,6 @@ def test_child_tuning_keeps_the_optimizer_s_moments_zero_outside_the_mask() -> N
         assert not state["exp_avg"][~mask].any()
         assert not state["exp_avg_sq"][~mask].any()
         assert state["exp_avg"][mask].any() or not mask.any()
-
-
-def test_movement_selects_what_moves_furthest_in_a_full_fine_tuning_and_undoes_that() -> None:
-    model, setup = make()
-    twin, before = deepcopy(model), deepcopy(model.state_dict())
-    for module in (*model.modules(), *twin.modules()):
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    trained = [*candidates(twin, setup).values(), *(p for _, p in named_head(twin, setup))]
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
-    for batch, rate in zip(setup.batches, (1.0, 2 / 3, 1 / 3), strict=True):
-        optimizer.param_groups[0]["lr"] = 1e-2 * rate
-        gradients = torch.autograd.grad(twin(**batch).loss, trained)
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient / max(1.0, float(norm))
-        optimizer.step()
-    moved = {name: (p.detach() - before[name]).abs().flatten() for name, p in candidates(twin, setup).items()}
-    ready = Movement(rehearsal=3, rehearsal_lr=1e-2)
-    adapted: Any = ready.start(model, setup)
-    deltas = adapted.base_model.sparse_deltas()
-    assert ready.trained(adapted, setup) == budget_of(DENSITY, sum(map(len, moved.values())))
-    chosen = torch.cat([moved[name][delta.indices] for name, delta in deltas.items()])
-    rest = torch.cat([moved[n].scatter(0, deltas[n].indices, 0.0) if n in deltas else moved[n] for n in moved])
-    assert float(chosen.min()) >= float(rest.max()) * (1 - 1e-3)
-    restored = {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in adapted.named_parameters()
-    }
-    assert all(torch.equal(restored[name], before[name]) for name in moved)
-    assert not any(bool(delta.values.any()) for delta in deltas.values())
 
 
 def test_the_mean_of_mixout_s_weights_over_its_draws_is_the_weight() -> None:

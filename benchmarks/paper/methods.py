@@ -17,7 +17,6 @@ from benchmarks.paper.methods_dense import Full, HeadOnly
 from benchmarks.paper.methods_peft import Ia3, Lora, Shira, Supertuning
 from benchmarks.paper.methods_sam import BitFit, Sparse
 from benchmarks.paper.mixout import Mixout
-from benchmarks.paper.movement import Movement
 
 # A new method is one row.
 METHODS: dict[str, Callable[..., Method]] = {
@@ -35,7 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sam": Sparse,
     "sam_tensor": partial(Sparse, budget="tensor"),
     "sam_curvature": partial(Sparse, score="sam_curvature"),
-    "movement": Movement,
+    "movement": partial(Sparse, score="movement", max_batches=200),
     "shira": Shira,
     "supertuning": Supertuning,
     "ia3": Ia3,

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.paper.method import Method, Setup, named_rest
+from benchmarks.paper.method import Method, Setup, named_head, named_rest
 from benchmarks.paper.methods_peft import saved_bytes
 from peft_sam import Loss, SamConfig, Selection, accumulate, choose, select_parameters
 from peft_sam.owned import own_parameters
@@ -55,6 +55,8 @@ class Sparse(Method):
         config = self.config(model, setup)
         selection = self._normalised(model, config, setup) if self.normalise else None
         adapted: Any = get_peft_model(model, config)
+        for _, parameter in named_head(adapted, setup):
+            parameter.requires_grad_(True)
         if config.needs_data:
             select_parameters(
                 adapted,

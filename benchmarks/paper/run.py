@@ -25,7 +25,7 @@ from benchmarks.paper.method import named_head
 from benchmarks.paper.methods import OF_THE_RUN, parse
 from benchmarks.paper.models import build, setup_of, where_is
 from benchmarks.paper.tasks import Row, encoded_task, without
-from peft_sam.warmup import warm_head
+from peft_sam.dense import train_densely
 
 EVALUATION_BATCH = 64
 # The training metric is measured on at most so many rows, the same for all runs on the same rows.
@@ -123,11 +123,12 @@ def execute(run: Run, source: str, curve: bool = False) -> dict[str, Any]:
     )
     loaded = time.perf_counter()
     if options["head_warmup"]:
-        warm_head(
+        train_densely(
             model,
             dict(named_head(model, setup)),
             batches(2_000_000),
             lambda batch: peft_sam.Loss(model(**batch).loss, len(batch["labels"])),
+            what="Head warm-up",
             steps=options["head_warmup"],
             lr=options["head_warmup_lr"],
             progress=False,

@@ -1,10 +1,11 @@
-"""Laws of training the head before the parameters are selected."""
+"""Laws of what is trained densely before the parameters are selected: the head, and for "movement" everything."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from peft_sam import SamConfig, Selection, select_parameters
+from peft_sam.movement import rehearse
+from tests import reference
 from tests.cases import VOCABULARY, bert, gpt2
 from tests.test_selector import arguments, supports, text_data
 
@@ -29,9 +32,9 @@ def without_dropout(model: nn.Module) -> nn.Module:
     return model
 
 
-def classifier(dtype: torch.dtype = torch.float32) -> Any:
+def classifier(dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     torch.manual_seed(0)
-    return get_peft_model(without_dropout(bert().to(dtype)), SamConfig(task_type="SEQ_CLS", density=0.05))  # type: ignore[arg-type]
+    return get_peft_model(without_dropout(bert().to(dtype)), SamConfig(task_type="SEQ_CLS", density=0.05, **options))  # type: ignore[arg-type]
 
 
 def batches() -> list[dict[str, Tensor]]:
@@ -121,13 +124,13 @@ def detached(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         ({"head_warmup_steps": -1}, ValueError, "at least 0"),
         ({"head_warmup_lr": 0.0, "head_warmup_steps": 2}, ValueError, "above 0"),
         ({"dataloader": iter(batches())}, ValueError, "can be read only once"),
-        ({"dataloader": []}, ValueError, "no batches to train the head on"),
+        ({"dataloader": []}, ValueError, "no batches for Head warm-up"),
         ({"dataloader": None}, ValueError, "needs data"),
         ({"loss_fn": interrupted}, KeyboardInterrupt, None),
         ({"loss_fn": interrupted, "head_warmup_steps": 2}, KeyboardInterrupt, None),
-        ({"loss_fn": not_a_number}, FloatingPointError, "loss of step 2 of the head's warm-up is nan"),
+        ({"loss_fn": not_a_number}, FloatingPointError, "loss of step 2 of Head warm-up is nan"),
         ({"loss_fn": not_a_number, "head_warmup_steps": 2}, FloatingPointError, "loss of batch 2 is nan"),
-        ({"loss_fn": detached}, ValueError, "does not depend on the head"),
+        ({"loss_fn": detached}, ValueError, "does not depend on the trained parameters"),
         ({"selection": Selection({}, {}, "sam", "global", 0.1, 0.0)}, ValueError, "made for another base model"),
     ],
     ids=lambda value: None if not isinstance(value, dict) else " ".join(value),
@@ -199,3 +202,69 @@ def test_a_selection_says_how_long_the_head_was_warmed_also_in_its_file(tmp_path
     assert "after 3 steps of training the head alone" in str(again)
     model.save_pretrained(tmp_path)
     assert "after 3 steps of training the head alone" in (tmp_path / "README.md").read_text()
+
+
+def moved_plainly(names: Iterable[str], steps: int) -> dict[str, Tensor]:
+    """How far parameters move in the obvious full fine-tuning of the base model."""
+    torch.manual_seed(0)
+    model = without_dropout(bert()).train()
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
+    trained = [*parameters.values(), *model.classifier.parameters()]
+    before = values(parameters)
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    for step, batch in zip(range(steps), itertools.cycle(batches()), strict=False):
+        rising = min(step / (steps // 10), 1.0)
+        optimizer.param_groups[0]["lr"] = 1e-4 * min(rising, (steps - step) / (steps - steps // 10))
+        gradients = torch.autograd.grad(model(**batch).loss, trained)
+        norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        for parameter, gradient in zip(trained, gradients, strict=True):
+            parameter.grad = gradient / max(1.0, norm + 1e-6)
+        optimizer.step()
+    return {name: (p.detach() - before[name]).abs().flatten() for name, p in parameters.items()}
+
+
+def test_movement_selects_what_a_full_fine_tuning_moves_furthest_and_undoes_that() -> None:
+    model = classifier(score="movement").train()
+    before, head = snapshot(model), values(head_of(model))
+    selection = select_parameters(model, batches(), max_batches=20, progress=False)
+    assert (selection.batches, selection.samples) == (20, 68)
+    moved = moved_plainly(selection.indices, 20)
+    expected = reference.largest({name: value.double() for name, value in moved.items()}, selection.k)
+    for name, found in supports(selection).items():
+        for position in set(found) ^ set(expected[name]):  # entries whose movements agree to rounding
+            assert float(moved[name][position]) == pytest.approx(selection.threshold, rel=1e-3)
+    rest, flags, modes, states = snapshot(model)
+    assert all(torch.equal(rest[name], value) for name, value in before[0].items() if value.numel())
+    assert before[1].items() <= flags.items()
+    assert (modes.items() >= before[2].items(), states) == (True, before[3])
+    torch.testing.assert_close(values(head_of(model)), head, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"loss_fn": interrupted}, KeyboardInterrupt, None),
+        ({"loss_fn": not_a_number}, FloatingPointError, "loss of step 2 of Rehearsal is nan"),
+        ({"memory_budget": "1GiB"}, ValueError, "Leave memory_budget out"),
+        ({"dataloader": (batch for batch in batches())}, ValueError, "has no length: pass max_batches"),
+        ({"dataloader": iter(batches()), "max_batches": 2}, ValueError, "can be read only once"),
+        ({"dataloader": []}, ValueError, "no batches for Rehearsal"),
+    ],
+    ids=lambda value: None if not isinstance(value, dict) else " ".join(value),
+)
+def test_a_rehearsal_that_fails_leaves_every_parameter_as_it_was(
+    options: dict[str, Any], error: type[BaseException], message: str | None
+) -> None:
+    model = classifier(score="movement")
+    before = values(dict(model.named_parameters()))
+    with pytest.raises(error, match=message):
+        select_parameters(model, **{"dataloader": batches(), "progress": False, **options})
+    torch.testing.assert_close(values(dict(model.named_parameters())), before, rtol=0, atol=0)
+
+
+def test_a_quantised_or_offloaded_candidate_is_named() -> None:
+    model = classifier()
+    parameters = {"a": model.base_model.model.bert.embeddings.word_embeddings.weight}
+    for hidden in (nn.Parameter(torch.ones(2, dtype=torch.uint8), False), nn.Parameter(torch.ones(2, device="meta"))):
+        with pytest.raises(ValueError, match=r"'b' is sharded, quantised or offloaded.*selection=\.\.\."):
+            rehearse(model, {**parameters, "b": hidden}, {}, batches(), lambda _: None, steps=1)  # type: ignore[arg-type,return-value]

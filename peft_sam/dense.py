@@ -1,4 +1,4 @@
-"""Training the head before the pass, so that scores do not come from the noise of a head that was just initialised."""
+"""Training some of a model's parameters densely before the adapter is trained: a head's warm-up, a rehearsal."""
 
 from __future__ import annotations
 
@@ -18,73 +18,89 @@ from peft_sam.shards import is_sharded, sharing
 from peft_sam.sums import Loss, check_loss, loss_scale
 
 
-def warm_head(
+def train_densely(
     model: nn.Module,
-    head: Mapping[str, nn.Parameter],
+    parameters: Mapping[str, nn.Parameter],
     batches: Iterable[Any],
     loss: Callable[[Any], Loss],
     *,
+    what: str,
     steps: int,
     lr: float,
+    warmup: int = 0,
+    clip: float = float("inf"),
     processes: Processes | None = None,
     progress: bool = True,
-) -> None:
-    """Train `head` alone for some steps, in train mode: AdamW without weight decay, `lr` falling linearly to zero.
+) -> float:
+    """Train `parameters` alone for some steps, in train mode, by AdamW without weight decay.
 
     A step takes one batch of each process; its gradient is that of the mean loss over all their samples. The batches
-    are read again and again, each time as they come. Sums are kept in float32, also for a head in half precision.
-    Only the head changes: flags, modes, `.grad`s and random states are as before, also after an error.
+    are read again and again, each time as they come. Weights and moments are kept in float32, also of parameters in
+    half precision. Only the parameters change: flags, modes, `.grad`s and random states are as before, also after an
+    error.
 
     Args:
         model: the module whose mode is set.
-        head: name → parameter of the model.
+        parameters: name → parameter of the model.
         loss: batch → `Loss`; must run the model.
+        what: this is, for errors and the progress bar.
+        lr, warmup: the rate grows linearly to `lr` over the first `warmup` steps and then falls linearly to zero.
+        clip: the largest norm of a step's gradient.
         processes: those that share the batches.
 
+    Returns:
+        Over how many samples the steps' losses were means, all together.
+
     Raises:
-        ValueError: if the batches can be read only once, or there are none, or a loss does not reach the head.
+        ValueError: if the batches can be read only once, or there are none, or a loss does not reach the parameters.
         FloatingPointError: if a loss is NaN or infinite.
     """
     if isinstance(batches, Iterator):
         raise ValueError(
-            f"head_warmup_steps reads the data before the pass does, but these batches can be read only once "
+            f"{what} reads the data more than once, but these batches can be read only once "
             f"({type(batches).__name__}): pass a DataLoader or a list."
         )
-    processes = processes or sharing(head)
-    number, sharded = processes.number if processes else 1, any(is_sharded(parameter) for parameter in head.values())
-    masters = [parameter.detach().clone().to(torch.float32) for parameter in head.values()]
+    processes = processes or sharing(parameters)
+    number, sharded = processes.number if processes else 1, any(map(is_sharded, parameters.values()))
+    masters = [parameter.detach().clone().to(torch.float32) for parameter in parameters.values()]
     optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0)
-    schedule = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    source, taken = _endless(batches), 0
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
+    source, taken, seen = _endless(batches), 0, 0.0
     every = processes.in_step(source) if processes else ((batch, True) for batch in source)
-    with as_before(model, head, True), tqdm(total=steps, desc="Head warm-up", disable=not progress) as bar:
+    with (
+        as_before(model, parameters, True),
+        tqdm(total=steps, desc=what, dynamic_ncols=True, disable=not progress) as bar,
+    ):
         for step, (batch, counts) in zip(range(steps), every, strict=False):
             with torch.enable_grad(), processes.together() if processes else nullcontext():
-                current = _checked(loss(batch), step)
+                current = _checked(loss(batch), what, step)
             samples = current.samples if counts else 0.0
             total = float(processes.sum(torch.tensor(samples, dtype=torch.float64))) if processes else samples
-            scale = loss_scale(current.value, head.values())
+            scale = loss_scale(current.value, parameters.values())
             if samples or sharded:  # a process without samples still takes part in FSDP's backward pass
                 (current.value * (samples * number / (total or 1.0) * scale)).backward()
-            for parameter, master in zip(head.values(), masters, strict=True):
+            for parameter, master in zip(parameters.values(), masters, strict=True):
                 master.grad = _averaged(parameter, processes).div_(scale)
                 parameter.grad = None
+            if clip < float("inf"):
+                nn.utils.clip_grad_norm_(masters, clip)
             optimizer.step()
             schedule.step()
             with torch.no_grad():
-                for parameter, master in zip(head.values(), masters, strict=True):
+                for parameter, master in zip(parameters.values(), masters, strict=True):
                     parameter.copy_(master)
-            taken += 1
+            taken, seen = taken + 1, seen + total
             bar.update()
         if taken < steps:
-            raise ValueError("there are no batches to train the head on: give a loader that yields some.")
+            raise ValueError(f"there are no batches for {what}: give a loader that yields some.")
+    return seen
 
 
-def _checked(loss: Loss, step: int) -> Loss:
-    check_loss(loss.value, step, "head")
+def _checked(loss: Loss, what: str, step: int) -> Loss:
+    check_loss(loss.value, step, "trained parameters")
     if loss.samples and not bool(torch.isfinite(loss.value)):
         raise FloatingPointError(
-            f"the loss of step {step} of the head's warm-up is {loss.value.item()}; the head is as before."
+            f"the loss of step {step} of {what} is {loss.value.item()}; the parameters are as before."
         )
     return loss
 
@@ -117,13 +133,16 @@ def copy_whole(source: Mapping[str, nn.Parameter], to: Mapping[str, nn.Parameter
 
 
 @contextmanager
-def put_back_on_error(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Give parameters the values back that they had, if anything goes wrong."""
-    before = [(parameter, parameter.detach().clone()) for parameter in parameters]
+def put_back(parameters: Iterable[nn.Parameter], only_on_error: bool) -> Iterator[list[Tensor]]:
+    """Give parameters the values back that they had, in the end or if anything goes wrong; yields these values."""
+    every = list(parameters)
+    before = [parameter.detach().clone() for parameter in every]
+    done = False
     try:
-        yield
-    except BaseException:
-        with torch.no_grad():
-            for parameter, value in before:
-                parameter.copy_(value)
-        raise
+        yield before
+        done = only_on_error
+    finally:
+        if not done:
+            with torch.no_grad():
+                for parameter, value in zip(every, before, strict=True):
+                    parameter.copy_(value)
