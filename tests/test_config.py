@@ -66,7 +66,7 @@ def test_a_moved_private_name_of_peft_fails_with_the_supported_range() -> None:
         ({"density": True}, r"got True"),
         (
             {"score": "sharpness"},
-            r"one of \['bias', 'fisher', 'magnitude', 'random', 'sam', 'sam_curvature'\]; got 'sharpness'",
+            r"one of \['bias', 'fisher', 'magnitude', 'movement', 'random', 'sam', 'sam_curvature'\]; got 'sharpness'",
         ),
         ({"score": ["sam"]}, r"got \['sam'\]"),
         ({"budget": "layer"}, r"one of \['global', 'tensor'\]; got 'layer'"),
