@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.paper import runs as many
 from benchmarks.paper.run import Run
-from benchmarks.paper.runs import _deaf_to_ctrl_c, append, plan, read, work
+from benchmarks.paper.runs import append, plan, read, work
 
 SCRIPT = Path(__file__).parent / "runs_in_processes.py"
 KEYS = {f"{task} {seed} {lr}" for task in "ab" for seed, lr in ((0, 0.1), (0, 0.2), (1, 0.2), (2, 0.2))}
@@ -148,21 +148,6 @@ def test_two_commands_that_share_a_folder_do_no_run_twice(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals a group of processes")
-def test_ctrl_c_while_the_processes_are_started_is_not_lost() -> None:
-    told = []
-
-    def interrupted() -> None:
-        with _deaf_to_ctrl_c():
-            code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('went on')"
-            told.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout)
-            os.kill(os.getpid(), signal.SIGINT)
-            told.append("still here")
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert told == ["went on\n", "still here"]
-
-
 def test_ctrl_c_ends_all_processes_at_once_and_the_same_command_goes_on(tmp_path: Path) -> None:
     stopped = start(tmp_path, slow="b")
     wait_until(lambda: len(read(tmp_path)) == 4 and len(log(tmp_path)) >= 5)  # all of a; a worker is busy with b
