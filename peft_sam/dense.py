@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from peft_sam.gradients import as_before
 from peft_sam.processes import Processes
 from peft_sam.shards import is_sharded, sharing
 from peft_sam.sums import Loss, check_loss, loss_scale
+
+Batch = TypeVar("Batch")
 
 
 def train_densely(
@@ -65,7 +67,7 @@ def train_densely(
     masters = [parameter.detach().clone().to(torch.float32) for parameter in parameters.values()]
     optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-    source, taken, seen = _endless(batches), 0, 0.0
+    source, taken, seen = endless(batches), 0, 0.0
     every = processes.in_step(source) if processes else ((batch, True) for batch in source)
     with (
         as_before(model, parameters, True),
@@ -114,7 +116,8 @@ def _averaged(parameter: nn.Parameter, processes: Processes | None) -> Tensor:
     return processes.sum(gradient).div_(processes.number)
 
 
-def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The batches, again and again; none if there are none."""
     found = True
     while found:
         found = False
@@ -133,7 +136,7 @@ def copy_whole(source: Mapping[str, nn.Parameter], to: Mapping[str, nn.Parameter
 
 
 @contextmanager
-def put_back(parameters: Iterable[nn.Parameter], only_on_error: bool) -> Iterator[list[Tensor]]:
+def restoring(parameters: Iterable[nn.Parameter], only_on_error: bool) -> Iterator[list[Tensor]]:
     """Give parameters the values back that they had, in the end or if anything goes wrong; yields these values."""
     every = list(parameters)
     before = [parameter.detach().clone() for parameter in every]

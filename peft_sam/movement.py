@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peft_sam.dense import put_back, train_densely
+from peft_sam.dense import restoring, train_densely
 from peft_sam.gradients import GradientStatistics
 from peft_sam.processes import Processes
 from peft_sam.shards import is_sharded
@@ -52,7 +52,7 @@ def rehearse(
                 "select_parameters(model, selection=...)."
             )
     everything: dict[str, Any] = {**parameters, **{f"besides: {name}": p for name, p in besides.items()}}
-    with put_back(everything.values(), only_on_error=False) as before:
+    with restoring(everything.values(), only_on_error=False) as before:
         samples = train_densely(
             model,
             everything,

@@ -18,7 +18,7 @@ from peft_sam.candidates import candidates_of, hidden_of, trained_besides
 from peft_sam.choosing import choose
 from peft_sam.config import CURVATURES, SamConfig
 from peft_sam.curvature import damped
-from peft_sam.gradients import accumulate
+from peft_sam.gradients import GradientStatistics, accumulate
 from peft_sam.groups import Group, choose_by_groups, groups_within
 from peft_sam.linear import SamLinear
 from peft_sam.linear_calls import LinearCall
@@ -83,46 +83,48 @@ def select_by_data(
     progress: bool,
 ) -> Selection:
     """Run the passes of `model` for a pending adapter of `adapted`, itself or a part of it, and choose."""
-    candidates, seen = candidates_of(adapted, adapter_name), []
-    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
+    candidates = candidates_of(adapted, adapter_name)
     passes = _passes(candidates, config, memory_budget)
+    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
     if "movement" in config.statistics:
         steps, besides = _steps(batches, max_batches, processes), trained_besides(model)
         found = rehearse(model, candidates, besides, batches, loss, steps=steps, processes=processes, progress=progress)
+        return _told(choose(candidates, statistics=found.tensors, **options), [found])
+    calls, alone = _linear_calls(adapted, adapter_name), len(passes.groups) == 1
+    again = iter([batches]) if alone else replayed(batches)
+    if progress and memory_budget is not None:
+        tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
+    seen: list[GradientStatistics] = []
+
+    def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
+        found = accumulate(
+            model,
+            {name: candidates[name] for name in group},
+            _first(next(again), max_batches),
+            loss,
+            statistics=config.statistics,
+            train_mode=train_mode,
+            probes=config.probes,
+            seed=config.seed,
+            hidden={name: call for name, call in calls.items() if name in group},
+            pieces={} if alone else group,
+            in_host_memory=passes.in_host_memory,
+            processes=processes,
+            total=_length(batches, max_batches),
+            progress=progress,
+        )
         seen.append(found)
-        selection = choose(candidates, statistics=found.tensors, **options)
-    else:
-        calls, alone = _linear_calls(adapted, adapter_name), len(passes.groups) == 1
-        again = iter([batches]) if alone else replayed(batches)
-        if progress and memory_budget is not None:
-            tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
+        return _curved(candidates, config, found.tensors)
 
-        def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
-            found = accumulate(
-                model,
-                {name: candidates[name] for name in group},
-                _first(next(again), max_batches),
-                loss,
-                statistics=config.statistics,
-                train_mode=train_mode,
-                probes=config.probes,
-                seed=config.seed,
-                hidden={name: call for name, call in calls.items() if name in group},
-                pieces={} if alone else group,
-                in_host_memory=passes.in_host_memory,
-                processes=processes,
-                total=_length(batches, max_batches),
-                progress=progress,
-            )
-            seen.append(found)
-            return _curved(candidates, config, found.tensors)
+    if alone:
+        return _told(choose(candidates, statistics=run(passes.groups[0]), **options), seen)
+    return _told(choose_by_groups(candidates, passes.groups, run, **options), seen)
 
-        if alone:
-            selection = choose(candidates, statistics=run(passes.groups[0]), **options)
-        else:
-            selection = choose_by_groups(candidates, passes.groups, run, **options)
-    selection.samples, selection.batches = seen[-1].samples, seen[-1].batches
-    selection.seconds = sum(one.seconds for one in seen)
+
+def _told(selection: Selection, passes: Sequence[GradientStatistics]) -> Selection:
+    """The selection, with the extent of the passes that it is from."""
+    selection.samples, selection.batches = passes[-1].samples, passes[-1].batches
+    selection.seconds = sum(one.seconds for one in passes)
     return selection
 
 

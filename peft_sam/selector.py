@@ -16,7 +16,7 @@ from peft_sam.candidates import apply_selection, candidates_of, deltas_of, train
 from peft_sam.checkpoint import sam_layers
 from peft_sam.choosing import choose
 from peft_sam.config import SamConfig
-from peft_sam.dense import copy_whole, put_back, train_densely
+from peft_sam.dense import copy_whole, restoring, train_densely
 from peft_sam.layer import selecting
 from peft_sam.passes import select_by_data
 from peft_sam.processes import Processes
@@ -94,8 +94,9 @@ def select_parameters(
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
     head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
-    with put_back(head.values(), only_on_error=True):
-        if head or (selection is None and config.needs_data):
+    by_data = selection is None and config.needs_data
+    with restoring(head.values(), only_on_error=True):
+        if head or by_data:
             passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
             shown = _wants_progress(trainer, accelerator, progress)
             source_of_batches = (
@@ -118,7 +119,7 @@ def select_parameters(
                         progress=shown,
                     )
                     copy_whole(its_head, head)
-                if selection is None and config.needs_data:
+                if by_data:
                     selection = select_by_data(
                         passing,
                         _adapted_part(passing),

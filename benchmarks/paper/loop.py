@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.paper.method import Method, Setup, named_head
+from peft_sam.dense import endless
 
 Metric = Callable[[Any, Any], dict[str, float]]
 Evaluate = Callable[[nn.Module], tuple[dict[str, float], float]]
@@ -77,12 +78,6 @@ def evaluate(model: nn.Module, batches: Iterable[dict[str, Tensor]], metric: Met
         losses += float(found.loss) * len(labels[-1])
     every, truth = np.concatenate(outputs), np.concatenate(labels)
     return metric(every, truth), losses / len(truth)
-
-
-def endless(batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-    """The batches, again and again."""
-    while True:
-        yield from batches
 
 
 class Best:

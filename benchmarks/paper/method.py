@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from peft_sam import Loss
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ class Method:
     def stored_bytes(self, model: nn.Module, setup: Setup) -> int:
         """Size of what must be stored for the task besides the head and the pretrained model, in bytes."""
         raise NotImplementedError
+
+
+def mean_loss(model: nn.Module) -> Callable[[dict[str, Any]], Loss]:
+    """A model's own loss of a batch, as the passes of `peft_sam` take it."""
+    return lambda batch: Loss(model(**batch).loss, len(batch["labels"]))
 
 
 def plain_name(name: str) -> str:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.paper.method import Method, Setup, named_head, named_rest
+from benchmarks.paper.masked import candidates
+from benchmarks.paper.method import Method, Setup, mean_loss, named_head, named_rest
 from benchmarks.paper.methods_peft import saved_bytes
-from peft_sam import Loss, SamConfig, Selection, accumulate, choose, select_parameters
-from peft_sam.owned import own_parameters
+from peft_sam import SamConfig, Selection, accumulate, choose, select_parameters
 
 
 @dataclass
@@ -71,13 +70,13 @@ class Sparse(Method):
     def _normalised(self, model: nn.Module, config: SamConfig, setup: Setup) -> Selection:
         if self.normalise != "tensor" or self.score != "sam":
             raise ValueError(f"normalise={self.normalise!r} must be 'tensor', with the score 'sam'.")
-        parameters = candidate_parameters(model, setup)
+        parameters = candidates(model, setup)
         batches = itertools.islice(setup.batches, self.max_batches)
         found = accumulate(
             model,
             parameters,
             batches,
-            lambda batch: Loss(model(**batch).loss, len(batch["labels"])),
+            mean_loss(model),
             train_mode=self.train_mode,
             progress=False,
         )
@@ -111,12 +110,6 @@ class BitFit(Sparse):
         # half an entry more, so that rounding down finds it
         density = (biases + 0.5) / sum(p.numel() for p in rest.values())
         return SamConfig(density=density, score="bias", seed=setup.seed, target_modules=owners)
-
-
-def candidate_parameters(model: nn.Module, setup: Setup) -> Mapping[str, Tensor]:
-    """The candidates by name, in the model's order."""
-    modules = dict(model.named_modules())
-    return {f"{m}.{n}": p for m in setup.candidates for n, p in own_parameters(modules[m]).items()}
 
 
 def over_its_size(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import json
 import random
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import peft_sam
 from benchmarks.common import environment
 from benchmarks.paper.batches import Batches, in_order
 from benchmarks.paper.loop import Recipe, evaluate, train
-from benchmarks.paper.method import named_head
+from benchmarks.paper.method import mean_loss, named_head
 from benchmarks.paper.methods import OF_THE_RUN, parse
 from benchmarks.paper.models import build, setup_of, where_is
 from benchmarks.paper.tasks import Row, encoded_task, without
@@ -73,16 +73,8 @@ class Run:
 
     def recipe(self) -> Recipe:
         """What the loop needs of it."""
-        return Recipe(
-            lr=self.lr,
-            steps=self.steps,
-            head_lr=self.head_lr,
-            warmup=self.warmup,
-            weight_decay=self.weight_decay,
-            eval_every=self.eval_every,
-            patience=self.patience,
-            seconds=self.seconds,
-        )
+        mine = asdict(self)
+        return Recipe(**{field.name: mine[field.name] for field in fields(Recipe) if field.name in mine})
 
 
 def default_device() -> str:
@@ -127,7 +119,7 @@ def execute(run: Run, source: str, curve: bool = False) -> dict[str, Any]:
             model,
             dict(named_head(model, setup)),
             batches(2_000_000),
-            lambda batch: peft_sam.Loss(model(**batch).loss, len(batch["labels"])),
+            mean_loss(model),
             what="Head warm-up",
             steps=options["head_warmup"],
             lr=options["head_warmup_lr"],
