@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,19 @@ from peft_sam.sums import Loss, check_loss, loss_scale
 Batch = TypeVar("Batch")
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What came of training densely.
+
+    Attributes:
+        weights: name → the parameter's trained values in float32, before they were rounded to its type.
+        samples: over how many the steps' losses were means, all together.
+    """
+
+    weights: dict[str, Tensor]
+    samples: float
+
+
 def train_densely(
     model: nn.Module,
     parameters: Mapping[str, nn.Parameter],
@@ -33,7 +47,7 @@ def train_densely(
     clip: float = float("inf"),
     processes: Processes | None = None,
     progress: bool = True,
-) -> float:
+) -> Trained:
     """Train `parameters` alone for some steps, in train mode, by AdamW without weight decay.
 
     A step takes one batch of each process; its gradient is that of the mean loss over all their samples. The batches
@@ -49,9 +63,6 @@ def train_densely(
         lr, warmup: the rate grows linearly to `lr` over the first `warmup` steps and then falls linearly to zero.
         clip: the largest norm of a step's gradient.
         processes: those that share the batches.
-
-    Returns:
-        Over how many samples the steps' losses were means, all together.
 
     Raises:
         ValueError: if the batches can be read only once, or there are none, or a loss does not reach the parameters.
@@ -95,7 +106,7 @@ def train_densely(
             bar.update()
         if taken < steps:
             raise ValueError(f"there are no batches for {what}: give a loader that yields some.")
-    return seen
+    return Trained(dict(zip(parameters, masters, strict=True)), seen)
 
 
 def _checked(loss: Loss, what: str, step: int) -> Loss:

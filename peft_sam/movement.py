@@ -32,7 +32,8 @@ def rehearse(
     """The movement θ¹ − θ⁰ of `parameters` in a full fine-tuning of so many steps; then all are at θ⁰ again.
 
     AdamW at 1e-4, which grows over the first tenth of the steps and then falls linearly to zero; gradients are clipped
-    to norm 1. Besides the model this needs five float32 numbers per entry.
+    to norm 1. Besides the model this needs five float32 numbers per entry. The movement is that of the float32 weights,
+    also where the parameters are in half precision and their rounded values do not move.
 
     Args:
         parameters: name → candidate, whole and in memory.
@@ -53,7 +54,7 @@ def rehearse(
             )
     everything: dict[str, Any] = {**parameters, **{f"besides: {name}": p for name, p in besides.items()}}
     with restoring(everything.values(), only_on_error=False) as before:
-        samples = train_densely(
+        trained = train_densely(
             model,
             everything,
             batches,
@@ -66,5 +67,5 @@ def rehearse(
             processes=processes,
             progress=progress,
         )
-        moved = {n: p.detach() - old for (n, p), old in zip(parameters.items(), before, strict=False)}
-    return GradientStatistics({"movement": moved}, samples, steps, time.perf_counter() - start)
+        moved = {name: trained.weights[name].sub_(old) for name, old in zip(parameters, before, strict=False)}
+    return GradientStatistics({"movement": moved}, trained.samples, steps, time.perf_counter() - start)

@@ -204,31 +204,36 @@ def test_a_selection_says_how_long_the_head_was_warmed_also_in_its_file(tmp_path
     assert "after 3 steps of training the head alone" in (tmp_path / "README.md").read_text()
 
 
-def moved_plainly(names: Iterable[str], steps: int) -> dict[str, Tensor]:
-    """How far parameters move in the obvious full fine-tuning of the base model."""
+def moved_plainly(names: Iterable[str], steps: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """How far the float32 weights move in the obvious full fine-tuning of the base model."""
     torch.manual_seed(0)
-    model = without_dropout(bert()).train()
+    model = without_dropout(bert()).train().to(dtype)
     parameters = {name: p for name, p in model.named_parameters() if name in names}
     trained = [*parameters.values(), *model.classifier.parameters()]
-    before = values(parameters)
-    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    weights = [p.detach().clone().float() for p in trained]
+    before = [weight.clone() for weight in weights]
+    optimizer = torch.optim.AdamW(weights, weight_decay=0.0)
     for step, batch in zip(range(steps), itertools.cycle(batches()), strict=False):
         rising = min(step / (steps // 10), 1.0)
         optimizer.param_groups[0]["lr"] = 1e-4 * min(rising, (steps - step) / (steps - steps // 10))
-        gradients = torch.autograd.grad(model(**batch).loss, trained)
+        gradients = [gradient.float() for gradient in torch.autograd.grad(model(**batch).loss, trained)]
         norm = float(torch.cat([gradient.flatten() for gradient in gradients]).norm())
-        for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient / max(1.0, norm + 1e-6)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient / max(1.0, norm + 1e-6)
         optimizer.step()
-    return {name: (p.detach() - before[name]).abs().flatten() for name, p in parameters.items()}
+        with torch.no_grad():
+            for parameter, weight in zip(trained, weights, strict=True):
+                parameter.copy_(weight)
+    return {name: (w - b).abs().flatten() for name, w, b in zip(parameters, weights, before, strict=False)}
 
 
-def test_movement_selects_what_a_full_fine_tuning_moves_furthest_and_undoes_that() -> None:
-    model = classifier(score="movement").train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_movement_selects_what_a_full_fine_tuning_moves_furthest_and_undoes_that(dtype: torch.dtype) -> None:
+    model = classifier(dtype, score="movement").train()
     before, head = snapshot(model), values(head_of(model))
     selection = select_parameters(model, batches(), max_batches=20, progress=False)
     assert (selection.batches, selection.samples) == (20, 68)
-    moved = moved_plainly(selection.indices, 20)
+    moved = moved_plainly(selection.indices, 20, dtype)
     expected = reference.largest({name: value.double() for name, value in moved.items()}, selection.k)
     for name, found in supports(selection).items():
         for position in set(found) ^ set(expected[name]):  # entries whose movements agree to rounding

@@ -202,6 +202,12 @@ def test_tables_and_figures_are_made_of_the_lines_alone(
     monkeypatch.setattr(sys, "argv", ["paper", "table", "--out", str(tmp_path)])
     assert main() == 0
     assert "| sam | 20.0 ± 0.0 (1.5) | 65.0 ± 0.0 (1) |" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["paper", "compare", "sam", "full", "--out", str(tmp_path)])
+    assert main() == 0
+    assert "| full | 0.1 | 1,234 | 2 | 20.0 ± 14.1 | 2 | 0.0 ± 14.1 | 1 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        arguments(["compare", "sam:densty=0.1"])
+    assert "got 'densty=0.1'" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["paper", "plots", "--out", str(tmp_path), "--to", str(tmp_path / "figures")])
     assert main() == 0
     assert "drawn" not in capsys.readouterr().out  # of two methods at one density there is no figure

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
+from benchmarks.paper.compare import compare
 from benchmarks.paper.methods import METHODS, parse
 from benchmarks.paper.models import pooling_of
 from benchmarks.paper.plots import draw
@@ -36,6 +37,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def method(text: str) -> str:
+    """A method as `Spec.text` writes it.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return parse(text).text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def parser(preset: str | None = None) -> argparse.ArgumentParser:
     """All commands and options, with a preset's defaults."""
     main = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
@@ -47,7 +60,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     add("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     add("--model", default="minilm", help="minilm, or a model's folder or Hub name")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=f"of {' '.join(TASKS)}")
-    add("--methods", nargs="+", default=list(METHODS), help=f"name or name:key=value,...; of {' '.join(METHODS)}")
+    kinds = f"name or name:key=value,...; of {' '.join(METHODS)}"
+    add("--methods", nargs="+", type=method, default=list(METHODS), help=kinds)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--lrs", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="the grid, the same for all methods")
     add("--grid-seed", type=int, help="the seed on which the grid is run; by default the first of --seeds")
@@ -70,10 +84,14 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, help="of each process")
     runs.set_defaults(**PRESETS[preset] if preset else {})
     table = commands.add_parser("table", help="Markdown tables of the results")
-    table.add_argument("--split", choices=["test", "val"], default="test", help="val: to choose settings by")
+    pairs = commands.add_parser("compare", help="a method against others, seed by seed")
+    pairs.add_argument("methods", nargs="+", type=method, help="as they were run; the first against the others")
+    pairs.add_argument("--seeds", nargs="+", type=int, default=[], help="those to compare on; by default all")
+    for command in (table, pairs):
+        command.add_argument("--split", choices=["test", "val"], default="test", help="val: to choose settings by")
     plots = commands.add_parser("plots", help="figures of the results")
     plots.add_argument("--to", type=Path, default=RESULTS / "paper", help="folder of the figures")
-    for command in (table, plots):
+    for command in (table, pairs, plots):
         command.add_argument("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     return main
 
@@ -102,7 +120,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         Run(
             model=args.model,
             task=task,
-            method=parse(method).text,
+            method=text,
             seed=0,
             lr=0.0,
             steps=per_task(args.max_steps, task),
@@ -122,7 +140,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
             seconds=args.max_seconds,
         )
         for task in args.tasks
-        for method in args.methods
+        for text in args.methods
     ]
 
 
@@ -134,6 +152,8 @@ def main() -> int:
     lines = list(read(args.out).values())
     if args.command == "table":
         print(report(lines, args.split))
+    elif args.command == "compare":
+        print(compare(lines, args.methods, args.split, args.seeds))
     else:
         for path in draw(lines, args.to):
             print(f"drawn: {path}")
