@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def method(text: str) -> str:
+def canonical(text: str) -> str:
     """A method as `Spec.text` writes it.
 
     Raises:
@@ -61,7 +61,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     add("--model", default="minilm", help="minilm, or a model's folder or Hub name")
     add("--tasks", nargs="+", default=list(TASKS), choices=TASKS, metavar="TASK", help=f"of {' '.join(TASKS)}")
     kinds = f"name or name:key=value,...; of {' '.join(METHODS)}"
-    add("--methods", nargs="+", type=method, default=list(METHODS), help=kinds)
+    add("--methods", nargs="+", type=canonical, default=list(METHODS), help=kinds)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--lrs", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3, 3e-3], help="the grid, the same for all methods")
     add("--grid-seed", type=int, help="the seed on which the grid is run; by default the first of --seeds")
@@ -85,7 +85,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     runs.set_defaults(**PRESETS[preset] if preset else {})
     table = commands.add_parser("table", help="Markdown tables of the results")
     pairs = commands.add_parser("compare", help="a method against others, seed by seed")
-    pairs.add_argument("methods", nargs="+", type=method, help="as they were run; the first against the others")
+    pairs.add_argument("methods", nargs="+", type=canonical, help="as they were run; the first against the others")
     pairs.add_argument("--seeds", nargs="+", type=int, default=[], help="those to compare on; by default all")
     for command in (table, pairs):
         command.add_argument("--split", choices=["test", "val"], default="test", help="val: to choose settings by")
@@ -120,7 +120,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
         Run(
             model=args.model,
             task=task,
-            method=text,
+            method=method,
             seed=0,
             lr=0.0,
             steps=per_task(args.max_steps, task),
@@ -140,7 +140,7 @@ def runs_of(args: argparse.Namespace) -> list[Run]:
             seconds=args.max_seconds,
         )
         for task in args.tasks
-        for text in args.methods
+        for method in args.methods
     ]
 
 

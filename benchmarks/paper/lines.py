@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from operator import itemgetter
 from typing import Any
 
 from scipy.stats import rankdata
@@ -35,13 +36,19 @@ def density_of(line: Line) -> float:
     return float(options_of(line)[1].get("density", line["config"]["density"]))
 
 
-def groups(lines: Iterable[Line], apart: tuple[str, ...] = ()) -> dict[Common, list[Line]]:
-    """Lines by their configuration, but for VARIED and `apart`, and with the density that they have."""
+def alike(
+    lines: Iterable[Line], apart: Collection[str], config_of: Callable[[Line], Mapping[str, Any]] = itemgetter("config")
+) -> dict[Common, list[Line]]:
+    """Lines by their configuration, but for `apart`."""
     found: dict[Common, list[Line]] = defaultdict(list)
     for line in lines:
-        config = {**line["config"], "density": density_of(line)}
-        found[tuple((key, value) for key, value in config.items() if key not in {*VARIED, *apart})].append(line)
+        found[tuple((key, value) for key, value in config_of(line).items() if key not in apart)].append(line)
     return dict(found)
+
+
+def groups(lines: Iterable[Line], apart: tuple[str, ...] = ()) -> dict[Common, list[Line]]:
+    """Lines by their configuration, but for VARIED and `apart`, and with the density that they have."""
+    return alike(lines, (*VARIED, *apart), lambda line: {**line["config"], "density": density_of(line)})
 
 
 def told(common: Common) -> str:
@@ -88,6 +95,12 @@ def tasks_of(cells: Iterable[tuple[str, str]]) -> list[str]:
 def spread(values: list[float]) -> float | None:
     """Standard deviation over seeds, with n − 1; of one there is none."""
     return statistics.stdev(values) if len(values) > 1 else None
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Mean ± standard deviation, as text."""
+    deviation = spread(values)
+    return f"{statistics.mean(values):.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
 
 
 def averages(values: Mapping[tuple[str, str], list[float]]) -> dict[str, tuple[float, float | None]]:

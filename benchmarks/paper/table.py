@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
-from benchmarks.paper.lines import Line, averages, chosen, groups, ranks, scores, spread, tasks_of, told
+from benchmarks.paper.lines import Line, averages, chosen, groups, mean_and_spread, ranks, scores, tasks_of, told
 
 # Columns of costs: of one run, or of one adapter.
 COSTS: dict[str, Callable[[Line], float]] = {
@@ -42,9 +42,8 @@ def main_table(lines: Iterable[Line], split: str = "test") -> str:
         if (method, task) not in values:
             return "–"
         here = values[method, task]
-        deviation, few = spread(here), f", {len(here)} of {most} seeds" * (len(here) < most)
-        plus_minus = "" if deviation is None else f" ± {deviation:.1f}"
-        return f"{statistics.mean(here):.1f}{plus_minus} ({rank[task][method]:g}){few}"
+        few = f", {len(here)} of {most} seeds" * (len(here) < most)
+        return f"{mean_and_spread(here)} ({rank[task][method]:g}){few}"
 
     def both(method: str) -> list[str]:
         if method not in average:
