@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullFormatter
 from scipy.stats import spearmanr
 
 from benchmarks.paper.lines import (
@@ -70,9 +72,10 @@ def draw_sweep(lines: list[Line]) -> Any | None:
                 if pairs:
                     handles[method], *_ = axis.plot(*zip(*pairs, strict=True), "o-", color=f"C{number}")
             axis.set_xscale("log")
+            axis.xaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("density")
             axis.set_title(f"{task}, {split} {what}", fontsize=9)
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=2, fontsize=8)
     return figure
 
 
@@ -173,6 +176,6 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
 
 
 def _save(figure: Any, common: Common, path: Path) -> None:
-    figure.supxlabel(told(common), fontsize=5, color="gray")
+    figure.supxlabel(textwrap.fill(told(common), int(20 * figure.get_figwidth())), fontsize=5, color="gray")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
