@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -15,6 +16,7 @@ from benchmarks.paper.diffpruning import DiffPruning
 from benchmarks.paper.houlsby import HoulsbyAdapter
 from benchmarks.paper.masked import candidates
 from benchmarks.paper.method import Setup, named_head
+from benchmarks.paper.methods_sam import SHARES, Sparse, over_its_size
 from benchmarks.paper.mixout import Mixout
 from peft_sam.threshold import budget_of
 from tests.paper_models import DENSITY, METHODS, MODELS, SPARSE, STEPS, changed, logits, make, train, weights
@@ -101,6 +103,34 @@ def test_a_sparse_method_ends_with_exactly_the_budget(method: str, kind: str) ->
     assert 4 * budget < ready.stored_bytes(model, setup) < 6 * budget
 
 
+def chosen(method: Sparse, kind: str) -> dict[str, tuple[int, int]]:
+    """Entries and size of each tensor, with the last candidate's gradients large."""
+    model, setup = make(kind)
+    model.get_submodule(setup.candidates[-1]).register_full_backward_pre_hook(lambda _, grads: (30 * grads[0],))
+    deltas = method.start(model, setup).base_model.sparse_deltas()
+    return {name: (len(delta.indices), delta.shape.numel()) for name, delta in deltas.items()}
+
+
+@pytest.mark.parametrize("kind", ["BERT", "DistilBERT"])
+def test_under_a_cap_no_tensor_wins_more_than_its_share_and_those_below_it_lose_nothing(kind: str) -> None:
+    free, capped = chosen(Sparse(), kind), chosen(Sparse(normalise="cap"), kind)
+    limits = {name: math.ceil(SHARES * DENSITY * size) for name, (_, size) in capped.items()}
+    assert any(count > limits[name] for name, (count, _) in free.items())
+    assert all(count <= limits[name] for name, (count, _) in capped.items())
+    assert all(capped[name][0] >= min(count, limits[name]) for name, (count, _) in free.items())
+    assert sum(count for count, _ in free.values()) == sum(count for count, _ in capped.values())
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (5,), (1, 1)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 40.0])
+def test_a_gradient_over_its_size_is_the_same_at_any_scale(shape: tuple[int, ...], scale: float) -> None:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    even = over_its_size(scale * gradient, DENSITY)
+    assert even.square().mean().item() == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(even, over_its_size(gradient, DENSITY))
+    assert not over_its_size(torch.zeros(shape), DENSITY).any()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -110,6 +140,8 @@ def test_a_sparse_method_ends_with_exactly_the_budget(method: str, kind: str) ->
         (lambda: DiffPruning(project_every=0), "project_every"),
         (lambda: ChildTuning(every=0), "every"),
         (lambda: HoulsbyAdapter(0), "size"),
+        (lambda: Sparse(normalise="cup").start(*make()), "normalise='cup'"),
+        (lambda: Sparse(score="fisher", normalise="cap").start(*make()), "score 'sam'"),
         (lambda: HoulsbyAdapter(places=("elsewhere",)).start(*make()), r"places=\(\.\.\.\)"),
     ],
 )

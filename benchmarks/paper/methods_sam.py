@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
@@ -22,8 +25,8 @@ class Sparse(Method):
     Attributes:
         score, budget, curvature, damping, probes: as in `SamConfig`.
         max_batches, train_mode: as in `select_parameters`.
-        normalise: "tensor" divides the gradient of each tensor by its root mean square before scores are compared,
-            so that a global budget does not follow a few tensors with large gradients.
+        normalise: a row of `NORMALISED`, what is done to the gradient of each tensor before scores are compared, so
+            that a global budget does not follow a few tensors with large gradients; "" for nothing.
     """
 
     name: ClassVar[str] = "sam"
@@ -34,7 +37,7 @@ class Sparse(Method):
     probes: int = 4
     max_batches: int | None = None
     train_mode: bool = False
-    normalise: Literal["", "tensor"] = ""
+    normalise: str = ""
 
     def config(self, model: nn.Module, setup: Setup) -> SamConfig:
         """The adapter's configuration for this run."""
@@ -68,8 +71,8 @@ class Sparse(Method):
         return adapted
 
     def _normalised(self, model: nn.Module, config: SamConfig, setup: Setup) -> Selection:
-        if self.normalise != "tensor" or self.score != "sam":
-            raise ValueError(f"normalise={self.normalise!r} must be 'tensor', with the score 'sam'.")
+        if self.normalise not in NORMALISED or self.score != "sam":
+            raise ValueError(f"normalise={self.normalise!r} must be of {list(NORMALISED)}, with the score 'sam'.")
         parameters = candidates(model, setup)
         batches = itertools.islice(setup.batches, self.max_batches)
         found = accumulate(
@@ -80,7 +83,8 @@ class Sparse(Method):
             train_mode=self.train_mode,
             progress=False,
         )
-        gradient = {name: over_its_size(tensor) for name, tensor in found.tensors["gradient"].items()}
+        normalise = NORMALISED[self.normalise]
+        gradient = {name: normalise(tensor, config.density) for name, tensor in found.tensors["gradient"].items()}
         return choose(
             parameters, score="sam", density=config.density, budget=self.budget, statistics={"gradient": gradient}
         )
@@ -112,7 +116,20 @@ class BitFit(Sparse):
         return SamConfig(density=density, score="bias", seed=setup.seed, target_modules=owners)
 
 
-def over_its_size(tensor: Tensor) -> Tensor:
+def over_its_size(tensor: Tensor, density: float) -> Tensor:
     """The tensor divided by the root mean square of its entries; zeros stay."""
     size = tensor.square().mean().sqrt()
     return tensor / size if size > 0 else tensor
+
+
+def within_its_share(tensor: Tensor, density: float) -> Tensor:
+    """The tensor with zeros for all but the `SHARES` p n largest of its n entries: more than these it cannot win."""
+    kept = tensor.abs().flatten().topk(min(math.ceil(SHARES * density * tensor.numel()), tensor.numel())).indices
+    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill_(0, kept, True)
+    return tensor * mask.view_as(tensor)
+
+
+# How many times its share of a global budget, in proportion to its size, a tensor may win under normalise="cap".
+SHARES = 4
+# A new way to even out tensors is a function of a gradient and p, and one row.
+NORMALISED: dict[str, Callable[[Tensor, float], Tensor]] = {"tensor": over_its_size, "cap": within_its_share}
