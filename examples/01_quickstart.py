@@ -7,7 +7,7 @@ fine-tunes all-MiniLM-L6-v2 on sentences from Python's own documentation, so it 
     python examples/01_quickstart.py --model roberta-base --dataset rte            # names on the Hub
     python examples/01_quickstart.py --data-dir data --dataset cola --compare     # JSON lines in data/cola/
 
-`--compare` trains LoRA and all parameters too, in the same run.
+`--compare` trains LoRA and all parameters too, in the same run, without SAM's steps for the head alone.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def main() -> None:
         before = trainer.evaluate()[f"eval_{metric}"]
         seconds_selection = 0.0
         if method == "SAM":
-            selection = select_parameters(trainer)
+            selection = select_parameters(trainer, head_warmup_steps=args.head_warmup_steps)
             seconds_selection = selection.seconds
             print(selection)
             picture = output / "selection.png"
@@ -151,6 +151,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", help="task name (cola, stsb, mrpc, rte, cb) or a dataset on the Hub")
     parser.add_argument("--data-dir", help="folder with <dataset>/train.jsonl and test.jsonl")
     parser.add_argument("--density", type=float, default=0.005, help="share of the encoder's linear weights to train")
+    parser.add_argument(
+        "--head-warmup-steps", type=int, default=300, help="steps that train the new head alone before SAM selects"
+    )
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--examples", type=int, help="use only so many training examples")
     parser.add_argument("--max-steps", type=int, default=-1, help="stop training after so many steps")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+WARM = ("--head-warmup-steps", "2")
 
 
 def run(script: str, *options: str) -> str:
@@ -25,7 +26,8 @@ def run(script: str, *options: str) -> str:
 
 @pytest.mark.slow
 def test_the_quickstart_selects_trains_reloads_and_prints_its_table(tmp_path: Path) -> None:
-    printed = run("01_quickstart.py", "--examples", "64", "--max-steps", "3", "--output", str(tmp_path))
+    printed = run("01_quickstart.py", "--examples", "64", "--max-steps", "3", *WARM, "--output", str(tmp_path))
+    assert "after 2 steps of training the head alone" in printed
     assert "gives the same logits, bit by bit" in printed
     assert printed.splitlines()[-1].startswith("SAM ")
     assert (tmp_path / "selection.png").stat().st_size > 10_000
@@ -39,7 +41,7 @@ def test_the_quickstart_compares_methods_on_a_folder_of_json_lines(tmp_path: Pat
     for split in ("train", "test"):
         rows = [{"text": f"sentence number {i}", "label": i % 2} for i in range(8)]
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = ["--data-dir", str(tmp_path / "data"), "--dataset", "cola", "--compare", "--max-steps", "1"]
+    options = ["--data-dir", str(tmp_path / "data"), "--dataset", "cola", "--compare", "--max-steps", "1", *WARM]
     printed = run("01_quickstart.py", *options, "--output", str(tmp_path / "out"))
     assert [line.split()[0] for line in printed.splitlines()[-3:]] == ["SAM", "LoRA", "full"]
 
