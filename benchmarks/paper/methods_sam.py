@@ -124,9 +124,10 @@ def over_its_size(tensor: Tensor, density: float) -> Tensor:
 
 def within_its_share(tensor: Tensor, density: float) -> Tensor:
     """The tensor with zeros for all but the `SHARES` p n largest of its n entries: more than these it cannot win."""
-    kept = tensor.abs().flatten().topk(min(math.ceil(SHARES * density * tensor.numel()), tensor.numel())).indices
-    mask = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device).index_fill_(0, kept, True)
-    return tensor * mask.view_as(tensor)
+    entries = tensor.flatten()
+    most = min(math.ceil(SHARES * density * entries.numel()), entries.numel())
+    kept = entries.abs().topk(most).indices
+    return torch.zeros_like(entries).index_copy(0, kept, entries[kept]).view_as(tensor)
 
 
 # How many times its share of a global budget, in proportion to its size, a tensor may win under normalise="cap".
