@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from peft_sam import SamConfig, Selection, select_parameters
-from peft_sam.candidates import candidates_of
+from peft_sam.tuner.candidates import candidates_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 import tasks

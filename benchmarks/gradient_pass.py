@@ -33,9 +33,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from peft_sam import Loss, SamConfig, accumulate, select_parameters
-from peft_sam.candidates import candidates_of
-from peft_sam.processes import Processes
-from peft_sam.threshold import bits_of, kth_largest
+from peft_sam.choosing.processes import Processes
+from peft_sam.choosing.threshold import bits_of, kth_largest
+from peft_sam.tuner.candidates import candidates_of
 
 SCORES = 10**8
 CHUNK = 2**22

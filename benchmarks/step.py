@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from peft_sam import scratch
+from peft_sam.sparse import scratch
 
 
 class Step:

@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.report import plot_selection
+from peft_sam.report.report import plot_selection
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,19 @@ Importing the package registers the PEFT type SAM_SPARSE:
 """
 
 from peft_sam import _peft
-from peft_sam.card import complete_card
-from peft_sam.choosing import choose
+from peft_sam.choosing.choose import choose
+from peft_sam.choosing.gradients import GradientStatistics, Loss, accumulate
 from peft_sam.config import SamConfig
-from peft_sam.delta import PendingAdapterError, SparseDelta
 from peft_sam.export import ExportReport, export_adapter
-from peft_sam.fingerprint import OtherBaseWarning
-from peft_sam.gradients import GradientStatistics, Loss, accumulate
-from peft_sam.hotswap import register_swap
-from peft_sam.layer import SamLayer
-from peft_sam.model import SamModel
-from peft_sam.report import SelectionReport, selection_report
+from peft_sam.files.fingerprint import OtherBaseWarning
+from peft_sam.layers.base import SamLayer
+from peft_sam.report.card import complete_card
+from peft_sam.report.report import SelectionReport, selection_report
+from peft_sam.selecting.select import choose_for, select_parameters
 from peft_sam.selection import Selection
-from peft_sam.selector import choose_for, select_parameters
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.tuner.hotswap import register_swap
+from peft_sam.tuner.model import SamModel
 
 __version__ = "0.1.0"
 

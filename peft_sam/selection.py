@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peft_sam.support import check_support
+from peft_sam.sparse.support import check_support
 
 METADATA_KEY = "peft_sam.selection"
 NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.hub_server import hub
+from tests.shared.hub_server import hub
 
 __all__ = ["hub"]
 

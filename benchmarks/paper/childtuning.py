@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from benchmarks.paper.masked import Masked, candidates, sparse_bytes, train_only
 from benchmarks.paper.method import Method, Setup
 from peft_sam import accumulate, choose
-from peft_sam.batches import from_loader
+from peft_sam.selecting.batches import from_loader
 
 
 class ChildTuning(Method):

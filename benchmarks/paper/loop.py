@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
 from benchmarks.paper.method import Method, Setup, named_head
-from peft_sam.dense import endless
+from peft_sam.choosing.dense import endless
 
 Metric = Callable[[Any, Any], dict[str, float]]
 Evaluate = Callable[[nn.Module], tuple[dict[str, float], float]]

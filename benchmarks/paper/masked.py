@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.paper.method import Setup, named_head
 from peft_sam import Selection
-from peft_sam.coding import code_length
+from peft_sam.sparse.coding import code_length
 
 
 def candidates(model: nn.Module, setup: Setup) -> dict[str, nn.Parameter]:

@@ -25,7 +25,7 @@ from benchmarks.paper.method import mean_loss, named_head
 from benchmarks.paper.methods import OF_THE_RUN, parse
 from benchmarks.paper.models import build, setup_of, where_is
 from benchmarks.paper.tasks import Row, encoded_task, without
-from peft_sam.dense import train_densely
+from peft_sam.choosing.dense import train_densely
 
 EVALUATION_BATCH = 64
 # The training metric is measured on at most so many rows, the same for all runs on the same rows.

@@ -35,7 +35,7 @@ from benchmarks.paper.stability import (
     stability_bound,
 )
 from peft_sam import choose
-from peft_sam.threshold import budget_of
+from peft_sam.choosing.threshold import budget_of
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SAMPLES = 60

@@ -37,9 +37,9 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from peft_sam.delta import changed
 from peft_sam.export.base_files import name_in_files, names_in_files
 from peft_sam.export.parts import Adapter
+from peft_sam.sparse.delta import changed
 
 NAME = "checkpoint_patch"
 VERSION = 1

@@ -16,11 +16,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_sam.checkpoint import PEFT_PREFIX
 from peft_sam.export.checkpoint_patch import write_patch
 from peft_sam.export.low_rank import is_low_rank_target, lora
 from peft_sam.export.parts import Adapter, Part
 from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
+from peft_sam.files.checkpoint import PEFT_PREFIX
 
 DEFAULT_RANK = 16
 SHOWN = 5

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
-from peft_sam.delta import SparseDelta
-from peft_sam.embedding import SamEmbedding
 from peft_sam.export.parts import Adapter, Part
 from peft_sam.export.stock_sparse import StockAdapter
-from peft_sam.linear import SamLinear
-from peft_sam.owned import is_plain, stored_parameter
+from peft_sam.layers.embedding import SamEmbedding
+from peft_sam.layers.linear import SamLinear
+from peft_sam.layers.owned import is_plain, stored_parameter
+from peft_sam.sparse.delta import SparseDelta
 
 # Up to so many active rows × active columns, singular vectors are exact (about two seconds on one core).
 EXACT = 2**21

@@ -14,9 +14,9 @@ import torch
 from peft import PeftConfig, ShiraConfig, SupertuningConfig
 from torch import Tensor, nn
 
-from peft_sam.delta import changed
 from peft_sam.export.parts import Adapter, Part
-from peft_sam.linear import SamLinear
+from peft_sam.layers.linear import SamLinear
+from peft_sam.sparse.delta import changed
 
 
 class StockAdapter(NamedTuple):

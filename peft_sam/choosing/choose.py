@@ -1,0 +1,113 @@
+"""From statistics to a `Selection`: scores, budget, threshold. Works on any named parameters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from peft_sam.choosing.processes import Processes
+from peft_sam.choosing.shards import is_sharded, local, sharing, start_of
+from peft_sam.choosing.threshold import bits_of, budget_of, largest
+from peft_sam.scores import MADE_INPUTS, SCORES
+from peft_sam.selection import Selection
+
+# Entries whose scores exist at a time; also fixes how the noise of a seeded score is drawn.
+CHUNK = 1 << 22
+
+
+def choose(
+    parameters: Mapping[str, Tensor],
+    *,
+    score: str = "sam",
+    density: float = 0.005,
+    budget: str = "global",
+    seed: int = 0,
+    statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Selection:
+    """Select the entries of `parameters` with the largest scores.
+
+    Args:
+        parameters: name → candidate, in the order that breaks ties. Of sharded ones (FSDP2) each process brings the
+            statistics of its shard, and all call this; every process gets the whole selection.
+        score: a row of `scores.SCORES`.
+        density, budget: p and how k comes from it, as in `SamConfig`.
+        seed: of the scores with noise.
+        statistics: statistic → parameter name → tensor, for a score that needs data.
+
+    Raises:
+        ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
+    """
+    statistics = statistics or {}
+    over = sharing(parameters) if SCORES[score].reads_tensors else None
+    scores = {}
+    for name, parameter in parameters.items():
+        inputs = {kind: of[name] for kind, of in statistics.items()}
+        part = parameter if over is None else local(parameter)
+        if over is not None and over.rank and not is_sharded(parameter):
+            # all processes hold the same: the first answers for them
+            part, inputs = part.flatten()[:0], {kind: tensor.flatten()[:0] for kind, tensor in inputs.items()}
+        scores[name] = ChunkedScores(score, name, part, inputs, seed)
+    sizes = {name: parameter.numel() for name, parameter in parameters.items()}
+    indices, thresholds = {name: torch.empty(0, dtype=torch.int64) for name in sizes}, []
+    for names in [list(sizes)] if budget == "global" else [[name] for name in sizes]:
+        if k := budget_of(density, sum(sizes[name] for name in names)):
+            positions, smallest = largest({name: scores[name] for name in names}, k, over)
+            indices.update(positions)
+            thresholds.append(smallest)
+    if not thresholds:
+        raise_empty(density, sum(sizes.values()) if budget == "global" else max(sizes.values(), default=0))
+    if over is not None:
+        indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    return Selection(indices, shapes, score, budget, density, min(thresholds))
+
+
+def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:
+    """The positions that all processes found, by parameter; processes hold rows in their order."""
+    lengths = over.each(torch.tensor([len(found) for found in indices.values()]))
+    every = over.each(torch.cat(list(indices.values())))
+    parts = [found.split(of_each.tolist()) for found, of_each in zip(every, lengths, strict=True)]
+    return {name: torch.cat(found) for name, found in zip(indices, zip(*parts, strict=True), strict=True)}
+
+
+def raise_empty(density: float, entries: int) -> None:
+    """Say that `density` of so many entries, of all candidates or of the largest, is not one entry."""
+    raise ValueError(
+        f"density {density} of {entries:,} entries is less than one entry: nothing would be trained. Use a density of "
+        f"at least {1 / max(entries, 1):.2g}."
+    )
+
+
+class ChunkedScores:
+    """The scores of one parameter, computed piece by piece each time they are asked for."""
+
+    def __init__(self, score: str, name: str, parameter: Tensor, statistics: Mapping[str, Tensor], seed: int) -> None:
+        self.row, self.name = SCORES[score], name
+        self.numel = next(iter(statistics.values()), parameter).numel()
+        # the CPU generator reads 32 bits of its seed
+        self.seed = zlib.crc32(f"{seed} {name}".encode())
+        self.is_bias = parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias")
+        sources = {"weight": parameter, **statistics}
+        self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind not in MADE_INPUTS}
+        for kind, tensor in self.sources.items():
+            if tensor.is_meta:
+                raise ValueError(
+                    f"score {score!r} needs the {kind} of {name!r}, which is on the meta device: load the model's "
+                    "weights before selecting."
+                )
+
+    def __call__(self) -> Iterator[Tensor]:
+        """The scores' bits, in flat order."""
+        generator = torch.Generator().manual_seed(self.seed)
+        flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
+        for start in range(0, self.numel, CHUNK):
+            stop = min(start + CHUNK, self.numel)
+            inputs = {kind: tensor[start:stop] for kind, tensor in flat.items()}
+            if "noise" in self.row.inputs:
+                inputs["noise"] = torch.rand(stop - start, generator=generator)
+            if "is_bias" in self.row.inputs:
+                inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias))
+            yield bits_of(self.row.function(**inputs))

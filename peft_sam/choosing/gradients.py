@@ -1,0 +1,166 @@
+"""What the gradients of the mean loss did, accumulated over data, for any `nn.Module`, loader and loss."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+from peft_sam.choosing.linear_calls import LinearCall
+from peft_sam.choosing.processes import Processes
+from peft_sam.choosing.sums import Loss, Sums
+
+
+@dataclass
+class GradientStatistics:
+    """Means over samples, per parameter.
+
+    Attributes:
+        tensors: statistic ("gradient", "squared_gradient", "hessian") → parameter name → float32 tensor of its shape
+            (float64 for float64 parameters).
+        samples, batches, seconds: extent of the pass.
+    """
+
+    tensors: dict[str, dict[str, Tensor]]
+    samples: float
+    batches: int
+    seconds: float
+
+
+def accumulate(
+    model: nn.Module,
+    parameters: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    loss: Callable[[Any], Loss],
+    *,
+    statistics: Iterable[str] = ("gradient",),
+    train_mode: bool = False,
+    probes: int = 1,
+    seed: int = 0,
+    hidden: Mapping[str, LinearCall] | None = None,
+    pieces: Mapping[str, tuple[int, int]] | None = None,
+    in_host_memory: bool = False,
+    processes: Processes | None = None,
+    total: int | None = None,
+    progress: bool = True,
+) -> GradientStatistics:
+    """Run `loss` forward and backward over `batches` and accumulate statistics of the gradients of `parameters`.
+
+    With n_b the samples of batch b and g_b the gradient of its mean loss, N = Σ n_b:
+
+    * gradient = Σ n_b g_b / N, the gradient of the mean loss over all samples;
+    * squared_gradient = Σ n_b g_b² / N, a mean over micro-batches;
+    * hessian = Σ n_b mean_v(v ⊙ H_b v) / N, Hutchinson's estimate of the diagonal of the mean loss's Hessian, with the
+      same random signs v for all batches. Needs a loss that can be differentiated twice.
+
+    One parameter's dense gradient exists at a time on top of the accumulators. Afterwards, also after an error, all
+    requires_grad flags, train/eval modes, `.grad`s, hooks and random states are as before.
+
+    Args:
+        model: the module whose mode is set; eval unless `train_mode`.
+        parameters: name → leaf parameter of the model.
+        loss: batch → `Loss`; must run the model.
+        probes, seed: how many random signs v for "hessian", and their seed.
+        hidden: name → the linear layer that owns the parameter, for parameters that cannot have a gradient of their
+            own (quantised, offloaded): theirs is computed from the layer's inputs and its outputs' gradients.
+        pieces: name → flat positions (start, stop), to accumulate only these entries, in flat tensors.
+        in_host_memory: keep the accumulators there instead of next to the parameters.
+        processes: those that share the pass, each with batches of its own. Their sums are added up once, after the
+            last batch; those of sharded parameters (FSDP2) batch by batch, each process keeping its shard.
+        total: number of batches, for the progress bar.
+
+    Raises:
+        ValueError: if there is no batch, a parameter has no storage (meta device), or no gradient reaches any.
+        FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
+        RuntimeError: if another process had such an error; names the process and says the error.
+    """
+    start = time.perf_counter()
+    sums = Sums(parameters, tuple(statistics), probes, seed, hidden or {}, pieces or {}, in_host_memory)
+    if sums.sharing and processes is None:
+        processes = Processes(sums.sharing.device)
+    samples, number = 0.0, 0
+    with ExitStack() as stack:
+        stack.enter_context(as_before(model, sums.leaves, train_mode))
+        stack.enter_context(sums.listening(model))
+        bar = stack.enter_context(
+            tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
+        )
+        if "hessian" in sums.tensors:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
+        in_step = processes if sums.sharing else None
+        steps = in_step.in_step(batches) if in_step else ((batch, True) for batch in batches)
+        with processes.together(steps) if processes and not in_step else nullcontext():
+            for batch, counts in steps:
+                if processes:
+                    processes.at(f"batch {number}")
+                with torch.enable_grad():
+                    current = loss(batch)
+                    current = current if counts else Loss(current.value, 0.0)
+                    if in_step:
+                        with in_step.together():
+                            sums.add(current, number)
+                    elif current.samples:  # the mean over nothing is no number
+                        sums.add(current, number)
+                samples += current.samples
+                number += counts
+                bar.update(counts)
+    if processes is not None:
+        count = processes.sum(torch.tensor([samples, float(number)], dtype=torch.float64))
+        samples, number = float(count[0]), int(count[1])
+    if samples == 0:
+        raise ValueError(
+            f"the pass saw {number} batches with no samples in them, so there is no gradient to select by: give a "
+            "loader that yields labelled batches."
+        )
+    return GradientStatistics(sums.means(samples, processes), samples, number, time.perf_counter() - start)
+
+
+@contextmanager
+def as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: bool) -> Iterator[None]:
+    """Give only `parameters` gradients and set the mode; put everything back at the end."""
+    wanted = {id(parameter) for parameter in parameters.values()}
+    everything = {id(p): p for p in (*model.parameters(), *parameters.values())}.values()
+    flags = [(parameter, parameter.requires_grad) for parameter in everything]
+    grads = [(parameter, parameter.grad) for parameter in parameters.values()]
+    modes = [(module, module.training) for module in model.modules()]
+    with _random_states():
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(id(parameter) in wanted)
+            for parameter, _ in grads:
+                parameter.grad = None
+            model.train(train_mode)
+            yield
+        except BaseException:
+            root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
+            if root is not None:
+                root.reset_iter_state()  # torch's way out of an interrupted pass
+            raise
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, grad in grads:
+                parameter.grad = grad
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _random_states() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,221 @@
+"""The adapter file and the layers: what is written, and what a file must be before anything is read from it.
+
+For each parameter with entries a file holds two tensors, `<module>.sam_sparse_delta.<parameter>.support`, the code of
+its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`. Files of format 1
+have the positions themselves, int32 or int64, as `….indices`; the state dict of a model too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_sam._peft import AuxiliaryTrainingWrapper
+from peft_sam.layers.base import SEPARATOR, SamLayer
+from peft_sam.sparse.coding import decode, encode
+from peft_sam.sparse.delta import PendingAdapterError
+from peft_sam.sparse.support import check_support
+from peft_sam.tuner.targets import base_name
+
+PEFT_PREFIX = "base_model.model."
+KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
+
+
+def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
+    """The sparse layers of a model by module name in the unwrapped base model, in its order.
+
+    A module that an adapter trains densely is a copy of the base model's, with copies of its sparse layers: not those.
+    """
+    return {
+        base_name(name).removeprefix(PEFT_PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, SamLayer) and "modules_to_save" not in name.split(".")
+    }
+
+
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SamLayer]:
+    """Those that an adapter targets."""
+    return {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
+
+
+def modules_in(state: Mapping[str, Tensor]) -> set[str]:
+    """The names of the modules that a state dict has deltas for."""
+    matches = (KEY.match(key) for key in state)
+    return {module_of(match["module"]) for match in matches if match}
+
+
+def to_file(
+    state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str, save_dtype: str | None
+) -> dict[str, Tensor]:
+    """The adapter's entries of a state dict as they are written, values in `save_dtype` (None: the one they have).
+
+    Raises:
+        PendingAdapterError: if the adapter has no support yet.
+        ValueError: if a value is too large for `save_dtype`.
+    """
+    for layer in layers.values():
+        if any(delta.pending for delta in layer.deltas(adapter_name).values()):
+            raise PendingAdapterError(adapter_name, "saved")
+    written = {}
+    for key, tensor in state.items():
+        key = key.replace(".original_module.", ".")
+        before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        parameter, _, part = after.rpartition(".")
+        if part == "indices":
+            delta = layers[module_of(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
+            written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
+        elif part == "values" and save_dtype is not None:
+            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
+        else:
+            written[key] = tensor
+    return written
+
+
+def module_of(path: str) -> str:
+    """The name in the unwrapped base model of the module at `path` in a model or a file."""
+    return base_name(path).removeprefix(PEFT_PREFIX)
+
+
+def _in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    found = values.to(dtype)
+    if bool((found.isinf() & ~values.isinf()).any()):
+        raise ValueError(
+            f"a value of {name!r}, {float(values.abs().max()):.3g}, is too large for save_dtype={str(dtype)[6:]!r}: "
+            "use 'bfloat16' or 'float32'."
+        )
+    return found
+
+
+def read_file(
+    state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str, counts: Mapping[str, int] | None
+) -> dict[str, dict[str, tuple[Tensor, Tensor]]]:
+    """Check an adapter's tensors, which may come from a stranger, against the model; nothing is changed.
+
+    Args:
+        state: tensors of a file; keys without adapter name. Keys that are no deltas are ignored.
+        layers: of the model, by base name; the adapter must be injected.
+        counts: entries per parameter that the config announces, or None to take what the file has.
+
+    Returns:
+        module → parameter → (indices, values).
+
+    Raises:
+        ValueError: says which tensor is wrong and how.
+    """
+    found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
+    for key, tensor in state.items():
+        if match := KEY.match(key):
+            found[module_of(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
+    if not found:
+        raise ValueError(
+            "the adapter file holds no sparse deltas (no key with '.sam_sparse_delta.'): it is not a SAM sparse "
+            "adapter, or an empty one."
+        )
+    checked: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for module, parameters in found.items():
+        own = layers[module].parameters_below() if module in layers else {}
+        reached = module in layers and adapter_name in layers[module].sam_sparse_delta
+        checked[module] = {}
+        for name, parts in parameters.items():
+            full = f"{module}.{name}"
+            if not reached or name not in own:
+                raise ValueError(
+                    f"the adapter file has deltas for {full!r}, which the base model does not have or the config does "
+                    "not target: the adapter was made for another base model, or the file is damaged."
+                )
+            checked[module][name] = _check_delta(full, parts, own[name])
+    if counts is not None:
+        _check_counts(counts_in(checked), counts, layers)
+    return checked
+
+
+def counts_in(found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, int]:
+    """Entries per parameter name of what `read_file` found."""
+    return {f"{module}.{name}": len(i) for module, parts in found.items() for name, (i, _) in parts.items()}
+
+
+def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: str, shapes: bool) -> None:
+    """Check the tensors of a file that are no deltas: heads (`modules_to_save`) and resized embeddings may be there.
+
+    Args:
+        shapes: whether heads must have the shapes that they have in the model, too.
+
+    Raises:
+        ValueError: if one would overwrite what does not belong to the adapter, or has the wrong shape.
+    """
+    own, heads, embeddings = model.state_dict(keep_vars=True), set(), tuple(_embedding_paths(model))
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            names: Mapping[str, str] = module.adapter_state_dict_load_map(adapter_name)
+            heads |= {f"{name}.{key}" for key in names.values()}
+    for key, tensor in state.items():
+        if key not in own:
+            continue  # PEFT reports it
+        if key not in heads and not key.startswith(embeddings):
+            raise ValueError(
+                f"the adapter file has a tensor {key!r}, which is a parameter of the base model or of another adapter: "
+                "the file is damaged, or meant to change what is not its own."
+            )
+        if (shapes or key not in heads) and tensor.shape != own[key].shape:
+            raise ValueError(
+                f"the adapter file has {key!r} with shape {tuple(tensor.shape)}; the model has {tuple(own[key].shape)} "
+                "there. Was the vocabulary or the number of labels another?"
+            )
+
+
+def _embedding_paths(model: nn.Module) -> Iterator[str]:
+    if not hasattr(model, "get_input_embeddings"):
+        return
+    peft_model: Any = model
+    try:
+        found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
+    except NotImplementedError:  # a model with several, such as CLIP
+        return
+    yield from (f"{name}." for name, module in model.named_modules() if id(module) in found)
+
+
+def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> tuple[Tensor, Tensor]:
+    # PEFT saves a resized embedding with all that the model has below it, the positions too
+    if "values" not in parts or not parts.keys() & {"indices", "support"}:
+        raise ValueError(
+            f"the adapter file has {' and '.join(sorted(parts))} of {name!r}; expected support (indices in files of "
+            "format 1) and values: the file is damaged."
+        )
+    values, numel = parts["values"], parameter.numel()
+    if not values.is_floating_point() or values.ndim != 1 or not len(values):
+        raise ValueError(
+            f"the adapter file gives {name!r} values of shape {tuple(values.shape)} and {values.dtype}; expected "
+            "floating-point numbers, 1-D, at least one."
+        )
+    try:
+        indices = decode(parts["support"], len(values), numel, name) if "support" in parts else parts["indices"]
+        check_support(indices, numel, name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} The base model's parameter has shape {tuple(parameter.shape)}: the adapter was made for another "
+            "base model, or the file is damaged."
+        ) from None
+    if len(indices) != len(values):
+        raise ValueError(f"the adapter file gives {name!r} {len(values)} values for {len(indices)} indices.")
+    return indices, values
+
+
+def _check_counts(in_file: Mapping[str, int], counts: Mapping[str, int], layers: Mapping[str, SamLayer]) -> None:
+    # A base model may have got other names since, which PEFT's key_mapping brought into the file: those that are gone
+    # must have as many entries as those that are new.
+    here = {f"{module}.{name}" for module, layer in layers.items() for name in layer.parameters_below()}
+    gone = {name: number for name, number in counts.items() if name not in here}
+    new = {name: number for name, number in in_file.items() if name not in counts}
+    if gone and sorted(gone.values()) == sorted(new.values()):
+        counts = {name: number for name, number in counts.items() if name in here} | new
+    for name in sorted(in_file.keys() | counts.keys()):
+        if in_file.get(name, 0) != counts.get(name, 0):
+            raise ValueError(
+                f"the adapter file has {in_file.get(name, 0)} entries for {name!r} where adapter_config.json says "
+                f"{counts.get(name, 0)}: the two files do not belong together, or one is damaged."
+            )

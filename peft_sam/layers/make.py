@@ -1,0 +1,32 @@
+"""Which layer adapts which module. A new fast layer is one class and one row of `LAYERS`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_sam._peft import quantization_backend
+from peft_sam.layers.base import SamLayer
+from peft_sam.layers.embedding import SamEmbedding, is_scaled
+from peft_sam.layers.linear import SamLinear
+from peft_sam.layers.owned import is_packed_linear, is_plain
+
+# forward function of a class of modules → the layer that computes the same faster
+LAYERS: dict[Any, type[SamLayer]] = {
+    nn.Linear.forward: SamLinear,
+    Conv1D.forward: SamLinear,
+    nn.Embedding.forward: SamEmbedding,
+}
+
+
+def make_layer(module: nn.Module, tuner: Any) -> SamLayer:
+    """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
+    if is_scaled(module):
+        return SamEmbedding(module)
+    if is_packed_linear(module) or (isinstance(module, nn.Linear) and not is_plain(module.weight)):
+        layer = SamLinear(module)
+        layer.quantization_backend = quantization_backend(module, tuner)
+        return layer
+    return LAYERS.get(type(module).forward, SamLayer)(module)

@@ -1,0 +1,1 @@
+"""`select_parameters`: the stairs between choosing and adapting."""

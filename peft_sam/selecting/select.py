@@ -1,0 +1,226 @@
+"""`select_parameters`: the stairs between choosing and adapting.
+
+Takes a Trainer, or a model and batches; runs the pass over the data; chooses; gives the adapter its support.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers import Trainer
+
+from peft_sam.choosing.choose import choose
+from peft_sam.choosing.dense import copy_whole, restoring, train_densely
+from peft_sam.choosing.processes import Processes
+from peft_sam.config import SamConfig
+from peft_sam.files.checkpoint import sam_layers
+from peft_sam.layers.base import selecting
+from peft_sam.selecting.batches import from_loader, from_trainer
+from peft_sam.selecting.passes import select_by_data
+from peft_sam.selecting.twin import sharded_twin
+from peft_sam.selection import Selection
+from peft_sam.tuner.candidates import apply_selection, candidates_of, deltas_of, trained_besides
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+def select_parameters(
+    source: Trainer | nn.Module,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    accelerator: Accelerator | None = None,
+    adapter_name: str | None = None,
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+    count_fn: Callable[[Any], float] | None = None,
+    max_batches: int | None = None,
+    memory_budget: int | str | None = None,
+    train_mode: bool = False,
+    head_warmup_steps: int = 0,
+    head_warmup_lr: float = 1e-3,
+    selection: Selection | None = None,
+    progress: bool | None = None,
+) -> Selection:
+    """Choose the parameters that a pending SAM adapter trains. Once, before training.
+
+    Runs the loss forward and backward over the data, with every random state, mode, gradient and flag put back
+    afterwards, and selects the ⌊p·m⌋ entries with the largest score; for the default score, the entries where the
+    gradient of the mean loss is largest.
+
+    Args:
+        source: a `transformers.Trainer` (its train dataloader, collator, `compute_loss`, device and precision are
+            used), or a model with a SAM adapter together with `dataloader`. The adapter may be in a part of the model,
+            as in a SentenceTransformer.
+        dataloader: batches, with a model. Dicts of tensors that the model takes, unless `loss_fn` is given.
+        accelerator: an `accelerate.Accelerator` to share the batches over processes and for its precision.
+        adapter_name: which adapter; the active one by default.
+        loss_fn: (model, batch) → mean loss of the batch, with a model. By default `model(**batch).loss`.
+        count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
+            default the number of target tokens where `labels` are token labels, else the number of examples.
+        max_batches: stop after so many batches; None for all of them. Of the score "movement": the number of steps.
+        memory_budget: for the statistics, in bytes or as "8GiB"; None for what one pass needs, a float32 number per
+            candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
+            selection is the same.
+        train_mode: run the model in train mode (dropout on), as the paper's code does.
+        head_warmup_steps: first train what is trained besides the adapter, as the new head in `modules_to_save`, alone
+            for so many batches (of each process), and keep it so: the gradient under a random head tells of the head's
+            noise, too. With AdamW without weight decay, in train mode.
+        head_warmup_lr: learning rate of that, which falls linearly to zero.
+        selection: use this selection, for instance a loaded one, instead of running the pass.
+        progress: a progress bar on the main process; by default on, for a Trainer as in its training.
+
+    Returns:
+        The selection, which prints as a short table and can be saved.
+
+    Raises:
+        ValueError: if there is no pending SAM adapter, nothing to select by, a batch has no loss, or a head is to be
+            warmed up and there is none. The model is as before, also after an interruption.
+        FloatingPointError: if a loss or gradient is NaN or infinite.
+    """
+    trainer = source if isinstance(source, Trainer) else None
+    model = trainer.model if trainer is not None else source
+    if trainer is not None and not (dataloader is accelerator is loss_fn is None):
+        raise ValueError(
+            "a Trainer brings its own dataloader, accelerator and loss: call select_parameters(trainer), or pass a "
+            "model in the Trainer's place."
+        )
+    accelerator = trainer.accelerator if trainer is not None else accelerator
+    if accelerator is not None:
+        model = accelerator.unwrap_model(model)
+    if max_batches is not None and max_batches < 1:
+        raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
+    adapted = _adapted_part(model)
+    adapter_name, config = _pending_adapter(adapted, adapter_name)
+    head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
+    by_data = selection is None and config.needs_data
+    with restoring(head.values(), only_on_error=True):
+        if head or by_data:
+            passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
+            shown = _wants_progress(trainer, accelerator, progress)
+            source_of_batches = (
+                from_trainer(trainer, passing, count_fn)
+                if trainer is not None
+                else from_loader(passing, dataloader, accelerator, loss_fn, count_fn)
+            )
+            with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
+                if head:
+                    its_head = trained_besides(passing)
+                    train_densely(
+                        passing,
+                        its_head,
+                        batches,
+                        loss,
+                        what="Head warm-up",
+                        steps=head_warmup_steps,
+                        lr=head_warmup_lr,
+                        processes=processes,
+                        progress=shown,
+                    )
+                    copy_whole(its_head, head)
+                if by_data:
+                    selection = select_by_data(
+                        passing,
+                        _adapted_part(passing),
+                        adapter_name,
+                        config,
+                        batches,
+                        loss,
+                        max_batches=max_batches,
+                        memory_budget=memory_budget,
+                        train_mode=train_mode,
+                        processes=processes,
+                        progress=shown,
+                    )
+                    selection.head_warmup_steps = head_warmup_steps
+        if selection is None:
+            selection = choose_for(candidates_of(adapted, adapter_name), config)
+        apply_selection(adapted, adapter_name, config, selection)
+    return selection
+
+
+def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
+    """`choose` as a config says, for a score that needs no data."""
+    return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+
+
+def _head_to_warm(model: nn.Module, steps: int, lr: float) -> dict[str, nn.Parameter]:
+    """What is trained besides the adapter, by name; nothing if it is not to be warmed up.
+
+    Raises:
+        ValueError: if it is, and there is none, or the numbers make no sense.
+    """
+    if steps < 0 or not lr > 0:
+        raise ValueError(f"head_warmup_steps must be at least 0 and head_warmup_lr above 0; got {steps} and {lr}.")
+    head = trained_besides(model) if steps else {}
+    if steps and not head:
+        raise ValueError(
+            f"head_warmup_steps={steps} trains what is trained besides the adapter, and nothing is: name the new head "
+            "in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
+        )
+    return head
+
+
+def _adapted_part(model: nn.Module) -> nn.Module:
+    """The module that has the adapters: the model itself, or the one part of it that has some.
+
+    Raises:
+        ValueError: if several parts have.
+    """
+    parts: list[nn.Module] = []
+    for module in model.modules():
+        adapted = isinstance(getattr(module, "peft_config", None), Mapping)
+        if adapted and not any(module in part.modules() for part in parts):
+            parts.append(module)
+    if len(parts) > 1:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(
+            f"several parts of the {type(model).__name__} have adapters ({kinds}): pass the part that is meant, a "
+            "dataloader, and a loss_fn that runs the whole."
+        )
+    return parts[0] if parts else model
+
+
+def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:
+    """The adapter to select for.
+
+    Raises:
+        ValueError: if there is none, or it is not pending.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        raise ValueError(
+            f"select_parameters needs a model with a SAM adapter; got a {type(model).__name__} without adapters. "
+            "Make one with get_peft_model(model, SamConfig(...))."
+        )
+    sparse = [name for name, config in configs.items() if isinstance(config, SamConfig)]
+    if adapter_name is None:
+        layers = sam_layers(model).values()
+        active = [name for layer in layers for name in layer.active_adapters if name in sparse]
+        adapter_name = active[0] if active else "default"
+    if adapter_name not in sparse:
+        raise ValueError(f"there is no SAM adapter {adapter_name!r}; the model's SAM adapters are {sparse}.")
+    config = configs[adapter_name]
+    pending = any(delta.pending for delta in deltas_of(model, adapter_name).values())
+    if config.selection is not None and pending:
+        raise ValueError(
+            f"adapter {adapter_name!r} was made from the config of a saved adapter and waits for its file. To load "
+            "it, use PeftModel.from_pretrained; to select anew, set config.selection = None before get_peft_model."
+        )
+    if not pending:
+        raise ValueError(
+            f"the parameters of adapter {adapter_name!r} are already selected, and a SAM adapter chooses once. To "
+            "choose anew, delete the adapter and add one, or start from the base model."
+        )
+    return adapter_name, config
+
+
+def _processes(accelerator: Accelerator | None) -> Processes | None:
+    return None if accelerator is None or accelerator.num_processes == 1 else Processes(accelerator.device)
+
+
+def _wants_progress(trainer: Trainer | None, accelerator: Accelerator | None, progress: bool | None) -> bool:
+    if accelerator is not None and not accelerator.is_main_process:
+        return False
+    return progress if progress is not None else trainer is None or not trainer.args.disable_tqdm

@@ -1,0 +1,1 @@
+"""PEFT's tuner: a network plus its layers."""

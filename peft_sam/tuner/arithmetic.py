@@ -1,0 +1,133 @@
+"""Adapters out of adapters: weighted sums and the like on the union of their supports."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from peft_sam._peft import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from peft_sam.layers.base import SamLayer
+from peft_sam.layers.owned import head_of
+from peft_sam.selection import Selection
+from peft_sam.sparse.delta import SparseDelta
+
+# combination → of values (one tensor per adapter), weights, density, and how the majority sign is found
+COMBINATIONS: dict[str, Callable[[list[Tensor], Tensor, float | None, str], Tensor]] = {
+    "linear": lambda values, weights, density, sign: task_arithmetic(values, weights),
+    "ties": lambda values, weights, density, sign: ties(values, weights, density, sign),
+    "dare_linear": lambda values, weights, density, sign: dare_linear(values, weights, density),
+    "dare_ties": lambda values, weights, density, sign: dare_ties(values, weights, density, sign),
+    "magnitude_prune": lambda values, weights, density, sign: magnitude_prune(values, weights, density),
+}
+
+
+def check_combination(number: int, weights: Sequence[float], combination: str, density: float | None) -> None:
+    """Whether so many adapters can be combined so.
+
+    Raises:
+        ValueError: if not; says what was expected.
+    """
+    if combination not in COMBINATIONS:
+        raise ValueError(f"combination_type must be one of {list(COMBINATIONS)}; got {combination!r}.")
+    if number != len(weights) or not number:
+        raise ValueError(
+            f"expected one weight for each of the adapters, at least one; got {number} and {len(weights)}."
+        )
+    if combination != "linear" and (density is None or not 0 < density <= 1):
+        raise ValueError(f"combination_type {combination!r} needs a density, 0 < density <= 1; got {density}.")
+
+
+@torch.no_grad()
+def combine(
+    deltas: Sequence[SparseDelta | None],
+    combination: str,
+    *,
+    weights: Sequence[float],
+    density: float | None,
+    majority_sign_method: str,
+) -> tuple[Tensor, Tensor]:
+    """Indices and values of a combination of the deltas of one parameter, in float32 or better.
+
+    The support is the union of theirs; where one has no entry it has the value 0. `density` and majority signs are of
+    the union, too.
+
+    Args:
+        deltas: one per adapter; None where an adapter does not change the parameter.
+    """
+    found = [delta for delta in deltas if delta is not None]
+    device = found[0].values.device
+    union = torch.unique(torch.cat([delta.indices.to(device) for delta in found]))
+    dtype = torch.promote_types(found[0].values.dtype, torch.float32)
+    every = []
+    for delta in deltas:
+        values = torch.zeros(len(union), dtype=dtype, device=device)
+        if delta is not None:
+            places = torch.searchsorted(union, delta.indices.to(device))
+            values.index_copy_(0, places, delta.values.to(device, dtype))
+        every.append(values)
+    of_weights = torch.tensor(weights, dtype=dtype, device=device)
+    return union, COMBINATIONS[combination](every, of_weights, density, majority_sign_method)
+
+
+@torch.no_grad()
+def combine_heads(
+    model: nn.Module,
+    adapters: Sequence[str],
+    adapter_name: str,
+    combination: str,
+    *,
+    weights: Sequence[float],
+    density: float | None,
+    majority_sign_method: str,
+) -> None:
+    """Give an adapter the heads (`modules_to_save`) that combine what others changed: H⁰ + Σ weight · (H - H⁰).
+
+    H⁰ is the head that the model has without adapters; an adapter without a head has not changed it.
+    """
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or adapter_name not in wrapper.modules_to_save:
+            continue
+        heads = [head_of(wrapper, name) for name in adapters]
+        for name, new in head_of(wrapper, adapter_name).named_parameters():
+            start = wrapper.original_module.get_parameter(name).double()
+            changes = [head.get_parameter(name).double() - start for head in heads]
+            of_weights = torch.tensor(weights, dtype=start.dtype, device=start.device)
+            new.copy_(start + COMBINATIONS[combination](changes, of_weights, density, majority_sign_method))
+
+
+class Combined:
+    """A combination of adapters of a model, layer by layer; `how` is that of `combine`.
+
+    Attributes:
+        parts: module → parameter → (indices, values); modules that none of the adapters changes are left out.
+    """
+
+    def __init__(self, layers: Mapping[str, SamLayer], adapters: Sequence[str], combination: str, **how: Any) -> None:
+        self.layers, self.combination = layers, combination
+        self.parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for module, layer in layers.items():
+            every = [layer.deltas(name) for name in adapters]
+            names = dict.fromkeys(itertools.chain(*every))
+            if names:
+                self.parts[module] = {
+                    name: combine([of.get(name) for of in every], combination, **how) for name in names
+                }
+
+    def summary(self) -> dict[str, Any]:
+        """What the config of the new adapter says of its support."""
+        indices = {f"{module}.{name}": i for module, parts in self.parts.items() for name, (i, _) in parts.items()}
+        layers = {module: self.layers[module].parameters_below() for module in self.parts}
+        shapes = {f"{module}.{name}": p.shape for module, own in layers.items() for name, p in own.items()}
+        k, m = sum(map(len, indices.values())), sum(shape.numel() for shape in shapes.values())
+        return Selection(indices, shapes, self.combination, "union", k / m, 0.0).summary()
+
+    def put(self, adapter_name: str) -> None:
+        """Give an injected adapter these deltas."""
+        for module, parts in self.parts.items():
+            supports, values = ({name: both[i] for name, both in parts.items()} for i in (0, 1))
+            self.layers[module].set_support(adapter_name, supports, values)

@@ -1,0 +1,175 @@
+"""Putting a sparse adapter into a network, and taking it out again if that fails.
+
+A `tuner` here is PEFT's: a `SamModel`, or a MixedModel that holds sparse adapters among others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from peft_sam._peft import BaseTunerLayer
+from peft_sam.config import SamConfig
+from peft_sam.files.checkpoint import layers_with, sam_layers
+from peft_sam.files.fingerprint import check_base
+from peft_sam.layers.base import SamLayer
+from peft_sam.layers.make import make_layer
+from peft_sam.layers.owned import own_parameters
+from peft_sam.selection import Selection
+from peft_sam.tuner.candidates import (
+    apply_selection,
+    candidates_of,
+    check_weights,
+    has_support,
+    share_support,
+    support_as,
+    target_as,
+)
+from peft_sam.tuner.fastpath import have_children_called
+from peft_sam.tuner.targets import base_modules, base_name, is_target
+from peft_sam.tuner.ties import tie
+
+
+def inject(
+    tuner: Any,
+    injected: Callable[..., None],
+    choose: Callable[[Mapping[str, Tensor], SamConfig], Selection],
+    model: nn.Module,
+    adapter_name: str,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """PEFT's injection, `injected`, and what a sparse adapter needs besides; the model is as before if that fails.
+
+    The adapter gets a copy of the config, so that one config makes many adapters. With `state_dict` its support is the
+    one found there, whatever the config says. Otherwise, if the score needs no data and no file is awaited, it is
+    chosen now; with `low_cpu_mem_usage` it is left to what will be loaded, and the values are on the meta device.
+
+    Raises:
+        ValueError: if the config, the state dict and the model do not fit.
+    """
+    given = tuner.peft_config[adapter_name]
+    like = next((name for name, config in tuner.peft_config.items() if config is given and name != adapter_name), None)
+    config = tuner.peft_config[adapter_name] = given.for_one_adapter()
+    tuner._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        if state_dict is not None:
+            target_as(state_dict, config, model)
+        injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        _inject_nested(tuner, model, adapter_name, config)
+        _tie(tuner, model, adapter_name, config)
+        have_children_called(model)
+        if config.selection is not None:
+            check_base(sam_layers(model), config.fingerprints, config.strict_base)
+        low_cpu_mem_usage = low_cpu_mem_usage or _made_empty(model, adapter_name)
+        if state_dict is not None:
+            support_as(state_dict, config, model, adapter_name)
+        elif config.selection is None and not config.needs_data and not low_cpu_mem_usage:
+            check_weights(model, adapter_name, config.score)
+            apply_selection(model, adapter_name, config, choose(candidates_of(model, adapter_name), config))
+        if like is not None and has_support(model, like):
+            share_support(model, like, adapter_name, config)
+        if low_cpu_mem_usage:
+            for layer in layers_with(model, adapter_name).values():
+                layer.sam_sparse_delta[adapter_name].to("meta")
+    except BaseException:
+        withdraw(tuner, adapter_name)
+        raise
+
+
+def withdraw(tuner: Any, adapter_name: str) -> None:
+    """Take out an adapter whose injection or loading failed; the model is as it was before."""
+    if len(tuner.peft_config) > 1:
+        tuner.delete_adapter(adapter_name)
+    else:
+        for name, module in list(tuner.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                setattr(tuner.model.get_submodule(parent), child, module.original_module)
+        tuner.unload()
+    for parameter in tuner.model.parameters():
+        parameter.requires_grad_(id(parameter) in tuner._trainable_before)
+
+
+def adapt(
+    tuner: Any, config: SamConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, path: str
+) -> None:
+    """Give the module `target`, child `target_name` of `parent`, pending deltas; wrap it if it is not yet."""
+    own = own_parameters(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+    if not own:
+        return
+    key = base_name(path)
+    entries = _entries({f"{key}.{name}": parameter for name, parameter in own.items()}, config.counts)
+    layer = target if isinstance(target, SamLayer) else _wrap(tuner, target, target_name, parent)
+    layer.update_layer(
+        adapter_name,
+        {name.removeprefix(f"{key}."): number for name, number in entries.items()},
+        coded=config.coded,
+        inference_mode=config.inference_mode,
+    )
+
+
+def replace(parent: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in a child's place. Deltas are made on their parameter's device, so there is nothing to move."""
+    # a nested target has a parent that was wrapped a moment ago
+    setattr(parent.get_base_layer() if isinstance(parent, SamLayer) else parent, name, module)
+
+
+def _made_empty(model: nn.Module, adapter_name: str) -> bool:
+    """Whether PEFT has the adapter's values made on the meta device, for a model that is elsewhere.
+
+    That is how `get_peft_model` passes low_cpu_mem_usage on.
+    """
+    return any(
+        delta.values.is_meta and not layer.parameters_below()[name].is_meta
+        for layer in layers_with(model, adapter_name).values()
+        for name, delta in layer.deltas(adapter_name).items()
+    )
+
+
+def _wrap(tuner: Any, module: nn.Module, name: str, parent: nn.Module) -> SamLayer:
+    layer = make_layer(module, tuner)
+    replace(parent, name, layer)
+    return layer
+
+
+def _inject_nested(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+    """Adapt targets inside a module that an earlier adapter wrapped; PEFT does not look inside its layers."""
+    for name, _ in list(base_modules(model)):
+        layer = model.get_submodule(name)
+        reached = isinstance(layer, SamLayer) and adapter_name in layer.sam_sparse_delta
+        if ".base_layer." in name and not reached and is_target(config, name):
+            path, child = name.rpartition(".")[::2]
+            adapt(tuner, config, adapter_name, layer, child, model.get_submodule(path), name)
+            tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+
+
+def _tie(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+    def wrap(name: str) -> SamLayer:
+        module = model.get_submodule(name)
+        if isinstance(module, SamLayer):
+            return module
+        path, _, child = name.rpartition(".")
+        layer = _wrap(tuner, module, child, model.get_submodule(path))
+        layer.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+        return layer
+
+    tie(model, adapter_name, wrap, config)
+
+
+def _entries(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> dict[str, int]:
+    """Room to make per parameter: none while the counts are unknown, else the counts, if the parameter holds them."""
+    if counts is None:
+        return dict.fromkeys(parameters, 0)
+    known = {name: counts[name] for name in parameters if name in counts}
+    for name, number in known.items():
+        if number > parameters[name].numel():
+            raise ValueError(
+                f"adapter_config.json announces {number} entries for {name!r}, which has {parameters[name].numel()}: "
+                "the adapter was made for another base model, or the file is damaged."
+            )
+    return known

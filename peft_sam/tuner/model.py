@@ -1,0 +1,273 @@
+"""A network plus its layers: PEFT's tuner for SAM sparse adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from peft_sam._peft import BaseTuner, BaseTunerLayer
+from peft_sam.config import SamConfig
+from peft_sam.files.checkpoint import KEY, check_others, counts_in, layers_with, read_file, sam_layers, to_file
+from peft_sam.files.fingerprint import fingerprints
+from peft_sam.layers.base import SamLayer
+from peft_sam.layers.mixed import adapters_by_sample, check_samples
+from peft_sam.selection import Selection
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.tuner.arithmetic import Combined, check_combination, combine_heads
+from peft_sam.tuner.candidates import deltas_of, has_support, record_counts
+from peft_sam.tuner.fastpath import restore_fast_paths
+from peft_sam.tuner.injection import adapt, inject, replace, withdraw
+from peft_sam.tuner.targets import is_target, resolve_targets
+
+
+class SamModel(BaseTuner):
+    """A base model with SAM sparse adapters, made by `get_peft_model(model, SamConfig(...))`.
+
+    Attributes:
+        chooser: selects for scores that need no data, from candidates and config. Handed in by the package, since
+            how to choose is not the tuner's matter.
+    """
+
+    prefix: str = "sam_sparse_"
+    tuner_layer_cls = SamLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    chooser: ClassVar[Callable[[Mapping[str, Tensor], SamConfig], Selection]]
+
+    def sparse_deltas(self, adapter_name: str = "default") -> dict[str, SparseDelta]:
+        """The deltas of an adapter: parameter name in the unwrapped base model → indices, values, shape.
+
+        Empty while the adapter is pending.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
+        found = deltas_of(self.model, adapter_name)
+        return {name: delta for name, delta in found.items() if not delta.pending}
+
+    # Injection. What is called on `SamModel` rather than on `self` also runs inside PEFT's MixedModel.
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Adapt the modules that the adapter's config targets (`injection.inject`)."""
+        SamModel.inject(
+            self, super().inject_adapter, model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+
+    def inject(self, injected: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """The same on top of `injected`, the injection of the tuner's own class."""
+        inject(self, injected, SamModel.chooser, *args, **kwargs)
+
+    def awaits_file(self, adapter_name: str) -> bool:
+        """Whether the adapter was made from a saved config, and the file with its deltas has not come yet."""
+        return self.peft_config[adapter_name].selection is not None and not has_support(self.model, adapter_name)
+
+    def stay_at_hand(self, adapter_name: str) -> None:
+        """Keep the deltas of a loaded adapter in memory, where PEFT has offloaded them with their layers."""
+        for delta in deltas_of(self.model, adapter_name).values():
+            delta.stay_at_hand()
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take out an adapter whose loading failed."""
+        withdraw(self, adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's way in for `adapter_names`: the adapter of each sample of a batch, "__base__" for none."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_samples(names, self.peft_config, self.training)
+        with adapters_by_sample(self.model, sam_layers(self.model).values(), names):
+            yield
+
+    # Arithmetic
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that combines others: a sparse one again, on the union of their supports.
+
+        "linear" is Σ weight · Δ, so negative weights subtract; "ties", "dare_linear", "dare_ties" and
+        "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
+        Heads (`modules_to_save`) are combined by what each changed. The new adapter is not active.
+
+        Raises:
+            PendingAdapterError: if an adapter has no support yet.
+            ValueError: if an adapter does not exist, the new name is taken, or the combination is not known.
+        """
+        check_combination(len(adapters), weights, combination_type, density)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
+        for name in adapters:
+            if not self.sparse_deltas(name):
+                raise PendingAdapterError(name, "combined")
+        how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
+        combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
+        config = copy.copy(self.peft_config[adapters[0]])
+        config.target_modules = list(combined.parts)
+        config.exclude_modules = config.layers_to_transform = None
+        heads = {head for name in adapters for head in self.peft_config[name].modules_to_save or ()}
+        config.modules_to_save = sorted(heads) or None
+        config.record(combined.summary(), {})
+        self.peft_config[adapter_name] = config
+        self.inject_adapter(self.model, adapter_name)
+        combined.put(adapter_name)
+        combine_heads(self.model, adapters, adapter_name, combination_type, **how)
+        kept = fingerprints(sam_layers(self.model), adapter_name)
+        self.peft_config[adapter_name].record(combined.summary(), kept)
+
+    # Merging
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the deltas of adapters (the active ones by default) into the base: into all layers or none.
+
+        Raises:
+            PendingAdapterError: if an adapter has no support yet.
+            ValueError: with `safe_merge`, if an entry would not be finite.
+        """
+        layers = self._layers_at_hand()
+        if layers is None:
+            super().merge_adapter(adapter_names, safe_merge)
+            return
+        self._check_merge(layers, adapter_names, safe_merge)
+        for layer in layers:
+            layer.merge(safe_merge, adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """PEFT's, for `unload` and `merge_and_unload`: if an adapter cannot be merged, the model stays as it is."""
+        if merge:
+            layers = [layer for layer in sam_layers(self.model).values() if not hasattr(layer.base_layer, "_hf_hook")]
+            self._check_merge(layers, adapter_names, safe_merge)  # offloaded ones are checked one by one
+        model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        restore_fast_paths(model)
+        return model
+
+    def _check_merge(self, layers: Iterable[SamLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
+        names = self.active_adapters if adapter_names is None else adapter_names
+        for layer in layers:
+            for name in names:
+                if name not in layer.merged_adapters:
+                    layer.check_merge(name, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original bits back."""
+        layers = self._layers_at_hand()
+        if layers is None:
+            super().unmerge_adapter()
+            return
+        for layer in [layer for layer in layers if layer.merged] or layers[:1]:  # which warns that there is none
+            layer.unmerge()
+
+    def _layers_at_hand(self) -> list[SamLayer] | None:
+        """All tuner layers, or None if some are another tuner's or offloaded: PEFT's loops, slower, know how."""
+        found = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        layers = [layer for layer in found if isinstance(layer, SamLayer) and not hasattr(layer.base_layer, "_hf_hook")]
+        return layers if len(layers) == len(found) else None
+
+    def _prepare_adapter_config(self, peft_config: SamConfig, model_config: dict[str, Any]) -> SamConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: SamConfig, model: nn.Module) -> None:
+        resolve_targets(peft_config, model)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: SamConfig, key: str) -> Any:
+        return is_target(peft_config, key)
+
+    def _check_tied_modules(self, model: nn.Module, peft_config: SamConfig) -> None:
+        """Nothing to warn about: a tied parameter has one delta, which all its uses see."""
+
+    def _check_merge_allowed(self) -> None:
+        """Always, for the same reason."""
+
+    def _create_and_replace(
+        self,
+        peft_config: SamConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        adapt(self, peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        replace(parent, child_name, new_module)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Values are float32 on a half-precision base from the start; only the opposite wish needs work.
+        if autocast_adapter_dtype:
+            return
+        for layer in sam_layers(self.model).values():
+            own = layer.parameters_below()
+            for name, delta in layer.deltas(adapter_name).items():
+                delta.to(own[name].dtype)
+
+    # Files
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SamConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # of modules that another adapter trains densely, which PEFT passes over
+        originals = {key: t for key, t in state_dict.items() if f".sam_sparse_delta.{adapter_name}." in key}
+        return to_file(state | originals, sam_layers(model), adapter_name, config.save_dtype)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # all other keys are without it: PEFT's way would take `weight` for the name of an adapter that has it
+        before, found, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        return f"{before}.sam_sparse_delta.{after}" if found else key
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SamConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's deltas, then put them in the layers with the sizes that the file has."""
+        layers = layers_with(model, adapter_name)
+        replaces = has_support(model, adapter_name)
+        found = read_file(state_dict, layers, adapter_name, None if replaces else config.counts)
+        rest = {key: tensor for key, tensor in state_dict.items() if not KEY.match(key)}
+        check_others(rest, model, adapter_name, shapes=replaces)
+        for name, layer in layers.items():
+            parts = found.get(name, {})
+            layer.set_support(
+                adapter_name,
+                {key: indices for key, (indices, _) in parts.items()},
+                {key: values for key, (_, values) in parts.items()},
+            )
+            if hasattr(model, "hf_device_map"):
+                for delta in layer.deltas(adapter_name).values():
+                    delta.expect_dispatch()
+        if replaces or config.counts != counts_in(found):
+            record_counts(config, layers, adapter_name, {} if replaces else config.selection)
+        loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded

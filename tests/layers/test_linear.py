@@ -1,0 +1,141 @@
+"""Laws of linear layers whose weight cannot be read: packed, on disk, or in pieces."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from peft_sam import SamConfig, SamLayer, accumulate, select_parameters
+from peft_sam.choosing.gradients import Loss
+from peft_sam.choosing.linear_calls import LinearCall
+from tests.shared.cases import Sequential, bert
+from tests.shared.versions import checkpoint_activations
+
+CONFIG: dict[str, Any] = {"score": "random", "density": 0.2, "init_weights": False}
+
+
+def adapted(base: nn.Module, **options: Any) -> Any:
+    return get_peft_model(base, SamConfig(target_modules="all-linear", **CONFIG, **options))
+
+
+def with_hidden_weight(model: Any) -> Any:
+    """A copy whose linear weights are of a tensor class that nobody knows."""
+
+    class Hidden(Tensor):
+        pass
+
+    hidden = copy.deepcopy(model)
+    for layer in hidden.modules():
+        if isinstance(layer, SamLayer):
+            base: Any = layer.base_layer
+            base.weight = nn.Parameter(base.weight.detach().as_subclass(Hidden), requires_grad=False)
+    return hidden
+
+
+@pytest.mark.parametrize("shape", [(8,), (3, 8), (2, 400, 8)])
+def test_a_hidden_weight_gives_the_outputs_and_gradients_of_a_plain_one(shape: tuple[int, ...]) -> None:
+    model = adapted(Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)).double())
+    hidden = with_hidden_weight(model)
+    x, direction = torch.randn(shape, dtype=torch.float64), torch.randn(*shape[:-1], 4, dtype=torch.float64)
+    gradients = []
+    for of in (model, hidden):
+        mine = x.clone().requires_grad_()
+        y = of(mine)
+        y.backward(direction)
+        gradients.append(
+            [y.as_subclass(Tensor), mine.grad, *(d.values.grad for d in of.base_model.sparse_deltas().values())]
+        )
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_an_offloaded_model_computes_trains_and_stays_offloaded(where: str, tmp_path: Path) -> None:
+    plain = bert().eval()
+    base = copy.deepcopy(plain)
+    if where == "memory":
+        cpu_offload(base, execution_device="cpu")
+    else:
+        disk_offload(base, str(tmp_path), execution_device="cpu")
+    ids, results = torch.randint(0, 50, (2, 6)), []
+    for of in (plain, base):
+        torch.manual_seed(1)  # the same deltas
+        model = adapted(of)
+        logits = model(input_ids=ids).logits
+        logits.sum().backward()
+        deltas = model.base_model.sparse_deltas()
+        results.append((logits, {name: delta.values.grad for name, delta in deltas.items()}))
+    torch.testing.assert_close(*results)
+    assert all(p.is_meta for n, p in model.named_parameters() if n.endswith("base_layer.weight"))
+
+
+def test_a_score_that_reads_hidden_weights_says_what_to_do() -> None:
+    class Hidden(Tensor):
+        pass
+
+    base = Sequential(nn.Linear(8, 4))
+    base[0].weight = nn.Parameter(base[0].weight.detach().as_subclass(Hidden), requires_grad=False)
+    with pytest.raises(ValueError, match=r"'magnitude' reads the weights, but 0\.weight is quantised or offloaded"):
+        get_peft_model(base, SamConfig(target_modules="all", score="magnitude", density=0.2))
+
+
+def test_a_printed_layer_shows_how_its_products_are_computed() -> None:
+    model = adapted(Sequential(nn.Linear(64, 64)))
+    assert "default: sampled" in repr(model) or "default: submatrix" in repr(model)
+
+
+# selecting
+
+
+@pytest.mark.parametrize("how", ["offloaded", "checkpointed", "checkpointed, reentrant"])
+def test_where_the_weights_are_does_not_change_the_selection(how: str) -> None:
+    def select(base: Any) -> Any:
+        model = get_peft_model(base, SamConfig(task_type="SEQ_CLS", density=0.05))
+        return select_parameters(model, [classification(3), classification(4)], progress=False)
+
+    def classification(n: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(n)
+        return {"input_ids": torch.randint(1, 50, (n, 6), generator=generator), "labels": torch.arange(n) % 2}
+
+    base = bert()
+    expected = select(copy.deepcopy(base))
+    if how == "offloaded":
+        cpu_offload(base.bert.encoder, execution_device="cpu")
+    else:
+        checkpoint_activations(base, "reentrant" in how)
+    got = select(base)
+    assert got.threshold == pytest.approx(expected.threshold, rel=1e-5)
+    assert all(torch.equal(got.indices[name], expected.indices[name]) for name in expected.indices)
+
+
+def test_a_layer_that_runs_twice_in_a_batch_adds_up_its_gradients_before_they_are_squared() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.linear(x).tanh())
+
+    model, x = Twice(), torch.randn(4, 6)
+    parameters = {f"linear.{name}": p for name, p in model.linear.named_parameters()}
+    calls = {name: LinearCall(model.linear, name.removeprefix("linear.")) for name in parameters}
+    found = [
+        accumulate(
+            model,
+            parameters,
+            [x],
+            lambda x: Loss(model(x).square().mean(), 1),
+            statistics=["gradient", "squared_gradient"],
+            hidden=hidden,
+            progress=False,
+        ).tensors
+        for hidden in ({}, calls)
+    ]
+    torch.testing.assert_close(*found)

@@ -1,0 +1,194 @@
+"""Laws of selecting with several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_sam import Selection
+from tests.processes.selecting import SCENARIOS
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(script: str, *arguments: str, processes: int, errors: IO[str] | None = None) -> list[subprocess.Popen[str]]:
+    """Start a script of the tests in so many processes that know of each other (torchrun needs a torch with libuv)."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    together = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        **size,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", f"tests.{script}", *arguments],
+            cwd=ROOT,
+            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL if errors else subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+
+def launch(script: str, processes: int, file: Path) -> Path:
+    """Run a script of the tests, which writes a file, in so many processes; one that fails ends the others."""
+    with tempfile.TemporaryFile("w+") as errors:
+        running = start(script, str(file), processes=processes, errors=errors)
+        stop = time.monotonic() + 300
+        while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
+            if time.monotonic() > stop:
+                break
+            time.sleep(0.05)
+        codes = [one.poll() for one in running]
+        for one in running:
+            one.kill()
+            one.wait()
+        errors.seek(0)
+        assert codes == [0] * processes, errors.read()[-3000:]
+    return file
+
+
+@pytest.fixture(scope="module")
+def selections(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → the folder with what each of them selected in each scenario."""
+    folder = tmp_path_factory.mktemp("selections")
+    return {processes: launch("processes.selecting", processes, folder / str(processes)) for processes in (1, 2, 3, 4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_many_processes_select_what_one_selects(selections: dict[int, Path], scenario: str, processes: int) -> None:
+    one = Selection.load(selections[1] / f"{scenario}-0.safetensors")
+    every = [Selection.load(selections[processes] / f"{scenario}-{r}.safetensors") for r in range(processes)]
+    for selection in every:
+        assert selection.samples == one.samples
+        assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
+        assert all(torch.equal(selection.indices[name], every[0].indices[name]) for name in one.indices)
+    different = sum(len(set(one.indices[name].tolist()) ^ set(every[0].indices[name].tolist())) for name in one.indices)
+    # entries whose scores agree with the threshold to rounding may change places
+    assert different <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3, 4])
+def test_the_number_of_collectives_does_not_grow_with_the_batches(selections: dict[int, Path], processes: int) -> None:
+    for rank in range(processes):
+        few, many = json.loads((selections[processes] / f"collectives-{rank}.json").read_text())
+        # one sum per candidate parameter, of the samples, and of the errors
+        assert 0 < few == many <= 40
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
+    """What training in one process does, and in two."""
+    folder = tmp_path_factory.mktemp("trained")
+    return [torch.load(launch("processes.train", n, folder / f"{n}.pt")) for n in (1, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["FSDP2", "DDP", "Trainer"])
+def test_two_processes_train_as_one(trained: list[dict[str, dict[str, torch.Tensor]]], how: str) -> None:
+    one, two = (of[how] for of in trained)
+    assert any(bool(tensor.any()) for tensor in one.values())
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → the folder with what was selected, trained and saved on shards; one: on a whole model."""
+    folder = tmp_path_factory.mktemp("sharded")
+    return {processes: launch("processes.shard", processes, folder / str(processes)) for processes in (1, 2, 3)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "accelerate"])
+def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Path], what: str, processes: int) -> None:
+    one = Selection.load(sharded[1] / f"{what}-0.safetensors")
+    every = [Selection.load(sharded[processes] / f"{what}-{r}.safetensors") for r in range(processes)]
+    assert all(selection.samples == one.samples == 23 for selection in every)
+    assert all(selection.batches == one.batches or what == "accelerate" for selection in every)
+    for selection in every:
+        assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
+        assert all(torch.equal(selection.indices[name], one.indices[name]) for name in one.indices)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "magnitude", "random", "accelerate"])
+def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(
+    sharded: dict[int, Path], what: str, processes: int
+) -> None:
+    one, many = (load_file(sharded[n] / what / "adapter_model.safetensors") for n in (1, processes))
+    torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-7)
+    assert any(bool(tensor.any()) for key, tensor in one.items() if key.endswith(".values"))
+    if what != "accelerate":
+        expected = torch.load(sharded[1] / f"{what}-0.logits")
+        for rank in range(processes):
+            torch.testing.assert_close(torch.load(sharded[processes] / f"{what}-{rank}.logits"), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_each_process_holds_only_its_shard_of_the_statistics(sharded: dict[int, Path], processes: int) -> None:
+    whole = json.loads((sharded[1] / "held-0.json").read_text())
+    held = [json.loads((sharded[processes] / f"held-{rank}.json").read_text()) for rank in range(processes)]
+    assert sum(held) == whole
+    assert max(held) <= whole / processes * 1.1  # rows are not always divisible
+
+
+@pytest.mark.slow
+def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -> None:
+    folders = {n: launch("processes.zero", n, tmp_path / str(n)) for n in (1, 2)}
+    one, *many = (Selection.load(folders[n] / f"zero-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
+    for selection in many:
+        assert selection.samples == one.samples == 23
+        assert all(torch.equal(selection.indices[name], one.indices[name]) for name in one.indices)
+    whole, taken_apart = (load_file(folders[n] / "zero" / "adapter_model.safetensors") for n in (1, 2))
+    torch.testing.assert_close(taken_apart, whole, rtol=1e-4, atol=1e-7)
+
+
+def fail(failure: str, sharded: str) -> list[str]:
+    """What each of two processes printed when the second failed."""
+    both = start("processes.fail", failure, sharded, processes=2)
+    first = both[0].communicate(timeout=120)[0]
+    if failure == "hang":
+        both[1].kill()
+    return [first, both[1].communicate(timeout=120)[0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", ["sharded", "whole"])
+def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batch(sharded: str) -> None:
+    first, second = fail("NaN", sharded)
+    assert "FloatingPointError: the loss of batch 2 is nan" in second
+    assert "RuntimeError: process 1 failed, and nothing was selected: FloatingPointError: the loss of batch 2" in first
+    assert first.count("pending True, training True") == second.count("pending True, training True") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("failure", "sharded"), [("death", "sharded"), ("death", "whole"), ("hang", "whole")])
+def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(failure: str, sharded: str) -> None:
+    first, _ = fail(failure, sharded)
+    assert "LostProcessError: process 0 lost another process" in first
+    assert "(process 1, last seen at batch 2)" in first
+    assert "pending True, training True" in first

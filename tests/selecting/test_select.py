@@ -1,0 +1,291 @@
+"""Laws of `select_parameters`, from a loader and from a Trainer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from peft_sam import PendingAdapterError, SamConfig, Selection, select_parameters
+from tests.shared import reference
+from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, gpt2, llama, names
+
+
+def adapt(case: NetCase, **options: Any) -> tuple[Any, nn.Module]:
+    base = case.make()
+    untouched = copy.deepcopy(base)
+    config = SamConfig(task_type=case.task_type, **{"density": 0.02, **case.options, **options})
+    return get_peft_model(base, config), untouched
+
+
+def supports(selection: Selection) -> dict[str, list[int]]:
+    return {name: indices.tolist() for name, indices in selection.indices.items()}
+
+
+def assert_same_up_to_rounding(selection: Selection, gradients: dict[str, Tensor]) -> None:
+    """Equal to sorting g², except for entries whose scores agree with the threshold to 1e-5."""
+    expected = reference.largest({n: gradients[n].double() ** 2 for n in selection.indices}, selection.k)
+    for name, found in supports(selection).items():
+        for position in set(found) ^ set(expected[name]):
+            score = float(gradients[name].flatten()[position].abs())
+            assert score == pytest.approx(selection.threshold, rel=1e-4), (name, position)
+
+
+@pytest.mark.parametrize("case", NETS, ids=names)
+def test_the_largest_gradients_of_the_mean_loss_are_selected(case: NetCase) -> None:
+    model, base = adapt(case)
+    batches = [case.batch(n) for n in (4, 4, 1)]
+    selection = select_parameters(model, batches, progress=False)
+
+    def total(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        labels = batch["labels"]
+        tokens = labels[:, 1:] if case.task_type == "CAUSAL_LM" else labels
+        return model(**batch).loss * tokens.numel()
+
+    n = sum(
+        batch["labels"][:, 1:].numel() if case.task_type == "CAUSAL_LM" else batch["labels"].numel()
+        for batch in batches
+    )
+    assert selection.samples == n
+    gradients = reference.mean_loss_gradients(base, selection.indices, batches, total, n)
+    assert selection.k == reference.budget(0.02, selection.m)
+    assert_same_up_to_rounding(selection, gradients)
+    for name, delta in model.base_model.sparse_deltas().items():
+        assert delta.indices.tolist() == supports(selection)[name]
+        assert not bool(delta.values.any())
+
+
+@pytest.mark.parametrize("case", NETS, ids=names)
+def test_a_selected_adapter_starts_as_the_base_model_and_then_learns(case: NetCase) -> None:
+    model, base = adapt(case, density=0.1)
+    batch = case.batch(4)
+    select_parameters(model, [batch], progress=False)
+    model.eval()
+    base.eval()
+    torch.testing.assert_close(model(**batch).logits, base(**batch).logits)
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "sam_sparse_" in n], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    unwrapped = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p
+        for n, p in model.named_parameters()
+        if "sam_sparse_" not in n and "modules_to_save" not in n
+    }
+    for name, parameter in base.named_parameters():
+        original = unwrapped.get(name, unwrapped.get(name.replace("classifier", "classifier.original_module")))
+        assert torch.equal(parameter, original), name
+
+
+def text_data(n: int = 13, seed: int = 0) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (n, 7), generator=generator)
+    return Dataset.from_dict({"input_ids": ids.tolist(), "labels": (ids[:, 0] > VOCABULARY // 2).long().tolist()})
+
+
+def language_data(n: int = 9) -> Dataset:
+    rows = [torch.randint(1, VOCABULARY, (3 + i % 5,)).tolist() for i in range(n)]
+    padded = [{"input_ids": r + [0] * (8 - len(r)), "labels": r + [-100] * (8 - len(r))} for r in rows]
+    return Dataset.from_list(padded)
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**defaults, **options})
+
+
+def test_a_trainer_gives_the_same_selection_as_its_batches_in_a_loader(tmp_path: Path) -> None:
+    base = bert()
+    make = lambda: get_peft_model(copy.deepcopy(base), SamConfig(task_type="SEQ_CLS", density=0.05))  # noqa: E731
+    torch.manual_seed(1)
+    one = make()
+    trainer = Trainer(model=one, args=arguments(tmp_path), train_dataset=text_data())
+    torch.manual_seed(1)
+    two = make()
+    loader = DataLoader(text_data().with_format("torch"), batch_size=5)
+    first, second = select_parameters(trainer), select_parameters(two, loader, progress=False)
+    assert first.samples == second.samples == 13
+    assert supports(first) == supports(second)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_language_models_are_weighted_by_target_tokens(
+    tmp_path: Path, make: Any, accumulation: int, smoothing: float
+) -> None:
+    base = make()
+    model = get_peft_model(copy.deepcopy(base), SamConfig(task_type="CAUSAL_LM", density=0.05))
+    args = arguments(tmp_path, gradient_accumulation_steps=accumulation, label_smoothing_factor=smoothing)
+    data = language_data()
+    selection = select_parameters(Trainer(model=model, args=args, train_dataset=data))
+    tokens = sum(sum(label != -100 for label in row["labels"][1:]) for row in data)
+    assert selection.samples == tokens
+
+    def total(model: nn.Module, row: dict[str, list[int]]) -> Tensor:
+        labels = torch.tensor(row["labels"][1:])
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+        return nn.functional.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
+
+    gradients = reference.mean_loss_gradients(base, selection.indices, data, total, tokens)
+    assert_same_up_to_rounding(selection, gradients)
+
+
+def test_a_trainer_s_own_loss_is_used(tmp_path: Path) -> None:
+    class Backwards(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            logits = model(input_ids=inputs["input_ids"]).logits
+            return (logits[:, 0] ** 2).mean()
+
+    base = bert()
+    torch.manual_seed(1)
+    model = get_peft_model(copy.deepcopy(base), SamConfig(task_type="SEQ_CLS", density=0.05))
+    selection = select_parameters(Backwards(model=model, args=arguments(tmp_path), train_dataset=text_data()))
+
+    def total(model: nn.Module, row: dict[str, Any]) -> Tensor:
+        return (model(input_ids=torch.tensor([row["input_ids"]])).logits[:, 0] ** 2).sum()
+
+    gradients = reference.mean_loss_gradients(base, selection.indices, text_data(), total, 13)
+    assert_same_up_to_rounding(selection, gradients)
+
+
+def test_selecting_before_training_does_not_change_the_order_of_the_data(tmp_path: Path) -> None:
+    base, seen = bert(), []
+
+    class Watching(Trainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any) -> Any:
+            seen.append(inputs["input_ids"][:, 0].tolist())
+            return super().training_step(model, inputs, *args)
+
+    def order(**options: Any) -> list[list[int]]:
+        seen.clear()
+        model = get_peft_model(copy.deepcopy(base), SamConfig(task_type="SEQ_CLS", density=0.05, **options))
+        trainer = Watching(model=model, args=arguments(tmp_path), train_dataset=text_data())
+        if not options:
+            select_parameters(trainer, max_batches=2)
+        trainer.train()
+        return list(seen)
+
+    assert order() == order(score="random")
+
+
+def test_an_accelerator_and_an_unprepared_loader_give_the_same_selection() -> None:
+    model, _ = adapt(NETS[0])
+    other = copy.deepcopy(model)
+    loader = DataLoader(text_data().with_format("torch"), batch_size=4)
+    one = select_parameters(model, loader, accelerator=Accelerator(cpu=True), progress=False)
+    two = select_parameters(other, loader, progress=False)
+    assert supports(one) == supports(two)
+
+
+def test_max_batches_stops_the_pass() -> None:
+    model, _ = adapt(NETS[0])
+    selection = select_parameters(model, [NETS[0].batch(3) for _ in range(5)], max_batches=2, progress=False)
+    assert (selection.batches, selection.samples) == (2, 6)
+
+
+def test_a_saved_selection_replaces_the_pass(tmp_path: Path) -> None:
+    model, _ = adapt(NETS[0])
+    other = copy.deepcopy(model)
+    selection = select_parameters(model, [NETS[0].batch(3)], progress=False)
+    selection.save(tmp_path / "selection.safetensors")
+    select_parameters(other, selection=Selection.load(tmp_path / "selection.safetensors"))
+    for name, delta in other.base_model.sparse_deltas().items():
+        assert torch.equal(delta.indices, model.base_model.sparse_deltas()[name].indices)
+
+
+def test_a_selection_for_other_targets_names_the_first_difference() -> None:
+    model, _ = adapt(NETS[0])
+    selection = select_parameters(model, [NETS[0].batch(3)], progress=False)
+    other, _ = adapt(NETS[0], target_modules=["query"])
+    with pytest.raises(ValueError, match=r"'bert\.encoder.*' is no candidate of this adapter"):
+        select_parameters(other, selection=selection)
+    with pytest.raises(PendingAdapterError):
+        other.train()(**NETS[0].batch(2))
+
+
+def test_a_data_free_score_selects_inside_get_peft_model() -> None:
+    for score in ("magnitude", "random"):
+        model, base = adapt(NETS[0], score=score)
+        found = {n: d.indices.tolist() for n, d in model.base_model.sparse_deltas().items()}
+        assert sum(map(len, found.values())) == model.peft_config["default"].selection["k"]
+        if score == "magnitude":
+            parameters = dict(base.named_parameters())
+            from peft_sam.tuner.candidates import candidates_of
+
+            pending, _ = adapt(NETS[0])
+            weights = {n: parameters[n].detach().abs() for n in candidates_of(pending, "default")}
+            expected = reference.largest(weights, sum(map(len, found.values())))
+            assert found == {n: i for n, i in expected.items() if i}
+
+
+def test_choosing_twice_is_refused() -> None:
+    model, _ = adapt(NETS[0])
+    select_parameters(model, [NETS[0].batch(3)], progress=False)
+    with pytest.raises(ValueError, match="already selected"):
+        select_parameters(model, [NETS[0].batch(3)], progress=False)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, b: select_parameters(m), "this score needs data"),
+        (lambda m, b: select_parameters(m, []), "no samples in them"),
+        (lambda m, b: select_parameters(m, [(1, 2)]), "not a dict of the model's arguments: pass loss_fn"),
+        (lambda m, b: select_parameters(m, [{"input_ids": b["input_ids"]}]), "no loss .* put 'labels' in the batches"),
+        (lambda m, b: select_parameters(m, [b], loss_fn=lambda model, batch: 3.0), "as a tensor; got float"),
+        (lambda m, b: select_parameters(m, [b], adapter_name="other"), "no SAM adapter 'other'"),
+        (lambda m, b: select_parameters(m, [b], max_batches=0), "at least 1"),
+        (lambda m, b: select_parameters(m.get_base_model().bert, [b]), "without adapters"),
+    ],
+)
+def test_a_wrong_call_says_what_to_pass_and_changes_nothing(call: Any, message: str) -> None:
+    model, _ = adapt(NETS[0])
+    before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=message):
+        call(model, NETS[0].batch(3))
+    assert all(
+        flag == p.requires_grad and torch.equal(bits, p)
+        for (flag, bits), p in zip(before.values(), model.parameters(), strict=True)
+    )
+    with pytest.raises(PendingAdapterError):
+        model.train()(**NETS[0].batch(2))
+
+
+def test_the_pass_runs_in_train_mode_when_asked_although_the_adapter_is_pending() -> None:
+    model, _ = adapt(NETS[0])
+    select_parameters(model, [NETS[0].batch(3)], train_mode=True, progress=False)
+    assert model.base_model.sparse_deltas()
+
+
+def test_the_bar_is_on_standard_error_and_can_be_silenced(capsys: pytest.CaptureFixture[str]) -> None:
+    model, _ = adapt(NETS[0])
+    other = copy.deepcopy(model)
+    select_parameters(model, [NETS[0].batch(3)])
+    assert "Gradient statistics" in capsys.readouterr().err
+    select_parameters(other, [NETS[0].batch(3)], progress=False)
+    assert capsys.readouterr().err == ""

@@ -1,0 +1,244 @@
+"""Laws of the products with W + Δ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_sam.sparse import ops, plan, products
+from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.ops import compose, sparse_linear
+from peft_sam.sparse.plan import Plan, make_plan, plan_linear, way_to_multiply
+from tests.shared.reference import dense_delta
+
+
+def make_delta(shape: tuple[int, int], positions: list[int], dtype: torch.dtype = torch.float64) -> SparseDelta:
+    indices = torch.tensor(sorted(set(positions)), dtype=torch.int64)
+    return SparseDelta(torch.Size(shape), indices, torch.randn(len(indices), dtype=dtype))
+
+
+def in_form(delta: SparseDelta, transposed: bool, form: str) -> Plan:
+    """The plan of `delta` when one form costs nothing and the others all there is."""
+    free = {"submatrix": {"GATHER": 0, "SAMPLED": 10**9}, "sampled": {"GATHER": 0, "SAMPLED": 0}, "chunked": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in free[form].items():
+            patch.setattr(plan, name, value)
+        if form == "chunked":
+            patch.setattr(plan, "GATHER", 10**9)
+        made = make_plan(delta, transposed)
+    if made.form != form:  # a support of the whole matrix costs the same in all forms
+        rows = torch.arange(delta.shape[0] + 1)
+        starts = torch.searchsorted(delta.indices // delta.shape[1], rows).int()
+        made = made._replace(form=form, columns=None, blocks=(), order=None, starts=starts)
+    return made
+
+
+@st.composite
+def linear_problems(draw: Any) -> tuple[Tensor, Tensor, list[SparseDelta], bool]:
+    """x, a weight, one to three deltas of any clustering, and whether the weight is stored transposed."""
+    outputs, inputs = draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    transposed = draw(st.booleans())
+    shape = (inputs, outputs) if transposed else (outputs, inputs)
+    support = st.lists(st.integers(0, outputs * inputs - 1), min_size=1, max_size=outputs * inputs)
+    deltas = [make_delta(shape, positions) for positions in draw(st.lists(support, min_size=1, max_size=3))]
+    x = torch.randn(*draw(st.sampled_from([(3,), (2, 4), (1, 1, 2)])), inputs, dtype=torch.float64)
+    return x, torch.randn(shape, dtype=torch.float64), deltas, transposed
+
+
+@given(linear_problems())
+def test_sparse_linear_equals_the_dense_product(problem: tuple[Tensor, Tensor, list[SparseDelta], bool]) -> None:
+    x, weight, deltas, transposed = problem
+    dense = weight + sum(dense_delta(delta) for delta in deltas)
+    bias = torch.randn(weight.shape[1 if transposed else 0], dtype=torch.float64)
+    expected = F.linear(x, dense.t() if transposed else dense, bias)
+    torch.testing.assert_close(sparse_linear(x, weight, bias, deltas, (), transposed), expected)
+
+
+@given(linear_problems())
+def test_sparse_linear_has_the_gradients_of_the_dense_product(
+    problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
+) -> None:
+    x, weight, deltas, transposed = problem
+    bias = torch.randn(weight.shape[1 if transposed else 0], dtype=torch.float64, requires_grad=True)
+    x.requires_grad_()
+    dense = (weight + sum(dense_delta(delta) for delta in deltas)).requires_grad_()
+    direction = torch.randn(*x.shape[:-1], len(bias), dtype=torch.float64)
+    expected = torch.autograd.grad(
+        (F.linear(x, dense.t() if transposed else dense, bias) * direction).sum(), (x, bias, dense)
+    )
+    values = [delta.values for delta in deltas]
+    got = torch.autograd.grad(
+        (sparse_linear(x, weight, bias, deltas, (), transposed) * direction).sum(), (x, bias, *values)
+    )
+    torch.testing.assert_close(got[:2], expected[:2])
+    for delta, grad in zip(deltas, got[2:], strict=True):
+        torch.testing.assert_close(grad, expected[2].flatten()[delta.indices])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_sparse_linear_passes_gradcheck(transposed: bool) -> None:
+    delta = make_delta((4, 5), [0, 3, 7, 8, 19])
+    weight = torch.randn(4, 5, dtype=torch.float64)
+    outputs, inputs = (5, 4) if transposed else (4, 5)
+    x = torch.randn(3, inputs, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(outputs, dtype=torch.float64, requires_grad=True)
+
+    def product(x: Tensor, bias: Tensor, values: Tensor) -> Tensor:
+        moved = SparseDelta(delta.shape, delta.indices, torch.zeros(0))
+        del moved.values
+        moved.values = values
+        return sparse_linear(x, weight, bias, [moved], (), transposed)
+
+    assert torch.autograd.gradcheck(product, (x, bias, delta.values.detach().requires_grad_()))
+
+
+@given(linear_problems())
+def test_the_product_and_its_adjoint_agree(problem: tuple[Tensor, Tensor, list[SparseDelta], bool]) -> None:
+    x, weight, deltas, transposed = problem
+    x.requires_grad_()
+    y = sparse_linear(x, weight, None, deltas, (), transposed)
+    other = torch.randn_like(y)
+    (adjoint,) = torch.autograd.grad(y, x, other)
+    torch.testing.assert_close((y * other).sum(), (x * adjoint).sum())
+
+
+def test_only_the_touched_columns_of_the_input_are_saved() -> None:
+    delta = make_delta((16, 64), [3, 64 * 5 + 3, 64 * 7 + 9])
+    saved: list[Tensor] = []
+    x = torch.randn(10, 64, dtype=torch.float64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        weight = torch.randn(16, 64, dtype=torch.float64)
+        sparse_linear(x, weight, None, [delta], (), False)
+    activations = [t for t in saved if t.is_floating_point() and t.shape != weight.shape and t is not delta.values]
+    assert sum(t.numel() for t in activations) == 10 * 2 < x.numel()
+
+
+@given(linear_problems())
+def test_the_blocks_of_a_plan_hold_every_entry_once_at_its_place(
+    problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
+) -> None:
+    _, weight, deltas, transposed = problem
+    for delta in deltas:
+        found = in_form(delta, transposed, "submatrix")
+        rebuilt = torch.zeros_like(weight.t() if transposed else weight)
+        columns = torch.arange(rebuilt.shape[1]) if found.columns is None else found.columns
+        assert found.blocks[-1].stop == len(columns) == len(set(columns.tolist()))
+        for block in found.blocks:
+            rows = torch.arange(len(rebuilt)) if block.rows is None else block.rows
+            assert len(rows) == block.height
+            place = rows[:, None], columns[block.start : block.stop]
+            assert not bool(rebuilt[place].any())
+            rebuilt[place] = products.dense_block(block, delta.values.detach(), weight.dtype)
+        assert torch.equal(rebuilt.t() if transposed else rebuilt, dense_delta(delta))
+        assert found.area <= rebuilt.numel()
+
+
+def test_a_dense_column_and_scattered_entries_make_two_small_blocks() -> None:
+    rows, columns = 512, 400
+    positions = [row * columns + 7 for row in range(rows)] + [row * columns + row * 3 for row in range(60)]
+    found = plan_linear(make_delta((rows, columns), positions), transposed=False)
+    assert found.columns is not None
+    assert found.columns[0] == 7
+    assert found.columns[1:].tolist() == sorted(found.columns[1:].tolist())
+    assert [block.height for block in found.blocks] == [512, 60]
+    assert found.area < 512 + 60 * 61
+    assert str(found) == f"submatrix 512 x 1 + 60 x {len(found.columns) - 1}"
+
+
+def test_the_plan_follows_the_support_when_it_changes_in_place() -> None:
+    delta = make_delta((16, 64), [3, 64 * 5 + 3])
+    assert plan_linear(delta, transposed=False).blocks[0].rows.tolist() == [0, 5]
+    with torch.no_grad():
+        delta.indices.copy_(torch.tensor([64, 64 * 2]))
+    assert plan_linear(delta, transposed=False).blocks[0].rows.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("workspace", [1, 7, plan.WORKSPACE])
+@pytest.mark.parametrize("way", ["compose", "entries", "blocks"])
+@pytest.mark.parametrize("form", list(products.GRADIENTS))
+@given(problem=linear_problems())
+def test_every_form_agrees_with_the_dense_product(
+    form: str, way: str, workspace: int, problem: tuple[Tensor, Tensor, list[SparseDelta], bool]
+) -> None:
+    x, weight, deltas, transposed = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "WORKSPACE", workspace)
+        patch.setattr(ops, "way_to_multiply", lambda plans, *_: way if all(p.blocks for p in plans) else "compose")
+        patch.setattr(ops, "plan_linear", lambda delta, transposed: in_form(delta, transposed, form))
+        test_sparse_linear_equals_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
+        test_sparse_linear_has_the_gradients_of_the_dense_product.hypothesis.inner_test((x, weight, deltas, transposed))
+        test_a_product_without_a_weight_is_that_of_the_deltas.hypothesis.inner_test((x, weight, deltas, transposed))
+
+
+@given(linear_problems())
+def test_a_product_without_a_weight_is_that_of_the_deltas(
+    problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
+) -> None:
+    x, weight, deltas, transposed = problem
+    values, zeros = [delta.values for delta in deltas], torch.zeros_like(weight)
+    direction = torch.randn(*x.shape[:-1], weight.shape[1 if transposed else 0], dtype=x.dtype)
+    x = x.detach().requires_grad_()
+    y, expected = (sparse_linear(x, w, None, deltas, (), transposed) for w in (None, zeros))
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, *values), direction), torch.autograd.grad(expected, (x, *values), direction)
+    )
+
+
+def test_a_clustered_support_is_multiplied_in_blocks_and_a_scattered_one_is_sampled() -> None:
+    clustered = make_delta((256, 256), [row * 256 + 3 for row in range(40)])
+    scattered = make_delta((256, 256), torch.randperm(256 * 256)[:300].tolist())
+    crowded = make_delta((256, 256), list(range(256 * 256)))
+    forms = [plan_linear(delta, transposed=False).form for delta in (clustered, scattered, crowded)]
+    assert forms == ["submatrix", "sampled", "submatrix"]
+    assert len(plan_linear(crowded, transposed=False).blocks) == 1
+
+
+def test_the_way_to_multiply_follows_what_can_be_read_and_how_many_tokens_there_are() -> None:
+    clustered = [plan_linear(make_delta((256, 256), [row * 256 + 3 for row in range(40)]), transposed=False)]
+    scattered = [plan_linear(make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist()), transposed=False)]
+    assert way_to_multiply(clustered, 1, torch.zeros(256, 256)) == "compose"
+    assert [way_to_multiply(clustered, tokens, torch.zeros(512, 512)) for tokens in (1, 5)] == ["entries", "compose"]
+    elsewhere = torch.zeros(256, 256, device="meta")
+    assert [way_to_multiply(clustered, tokens, elsewhere) for tokens in (1, 10_000)] == ["entries", "compose"]
+    assert [way_to_multiply(clustered, tokens, None) for tokens in (1, 10_000)] == ["blocks", "blocks"]
+    assert [way_to_multiply(scattered, tokens, None) for tokens in (1, 10_000)] == ["entries", "compose"]
+
+
+def test_no_dense_copy_is_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "WORKSPACE", 64)
+    chunks = make_plan(make_delta((50, 20), [0, 59, 60, 999]), transposed=False).chunks
+    assert [(c.stop - c.start) * 20 for c in chunks] == [60] * 16 + [40]
+    assert [(c.low, c.high) for c in chunks if c.low < c.high] == [(0, 2), (2, 3), (3, 4)]
+    assert len(make_plan(make_delta((3, 100), [5]), transposed=False).chunks) == 3
+
+
+def test_nothing_dense_is_kept_for_backward_of_a_scattered_support() -> None:
+    weight, x = torch.randn(64, 64), torch.randn(10, 64, requires_grad=True)
+    delta = make_delta((64, 64), torch.randperm(64 * 64)[:200].tolist(), torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        sparse_linear(x, weight, None, [delta], (), False)
+    known = {t.untyped_storage().data_ptr() for t in (weight, x, delta.values)}
+    assert {t.untyped_storage().data_ptr() for t in saved} == known
+
+
+def test_a_support_out_of_range_never_reaches_a_product() -> None:
+    delta = SparseDelta(torch.Size((2, 2)), torch.tensor([1, 4]), torch.randn(2))
+    with pytest.raises(ValueError, match="position 4"):
+        compose(torch.zeros(2, 2), [delta])
+    with pytest.raises(ValueError, match="position 4"):
+        sparse_linear(torch.zeros(1, 2), torch.zeros(2, 2), None, [delta], (), False)
+
+
+def test_the_half_precision_sum_is_rounded_once() -> None:
+    parameter = torch.randn(4, 4).to(torch.bfloat16)
+    delta = make_delta((4, 4), [1, 6, 11], torch.float32)
+    expected = (parameter.float() + dense_delta(delta)).to(torch.bfloat16)
+    assert torch.equal(compose(parameter, [delta]), expected)

@@ -1,0 +1,185 @@
+"""Laws of training by the libraries on top: TRL's trainers and sentence-transformers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer.losses import CosineSimilarityLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from peft_sam import SamConfig, select_parameters
+from peft_sam.tuner.candidates import deltas_of
+from tests.shared.cases import VOCABULARY, bert, llama
+from tests.shared.reference import largest, mean_loss_gradients
+from tests.shared.versions import takes_adapters
+
+pytestmark = [  # the libraries still use names that transformers has renamed
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.*` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*is not supported for the current backend:UserWarning"),
+]
+
+OPTIONS: dict[str, Any] = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 3,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One that reads the words w0, w1, ..."""
+    special = ["[PAD]", "[EOS]", "[UNK]"]
+    words = {word: i for i, word in enumerate([*special, *(f"w{i}" for i in range(VOCABULARY - len(special)))])}
+    model = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    model.pre_tokenizer = Whitespace()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]", model_max_length=16
+    )
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{number % 40}" for number in numbers)
+
+
+def values(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    return {key: delta.values.detach().clone() for key, delta in deltas_of(model, name).items()}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def texts() -> Dataset:
+    return Dataset.from_list([{"text": words(*range(i, i + 3 + i % 4))} for i in range(12)])
+
+
+def preferences() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": words(i), "chosen": " " + words(3 * i, 5), "rejected": " " + words(7 * i)} for i in range(12)]
+    )
+
+
+def sft(folder: Path, base: Any, **options: Any) -> SFTTrainer:
+    args = SFTConfig(str(folder), bf16=False, **OPTIONS)
+    return SFTTrainer(base, args=args, train_dataset=texts(), processing_class=tokenizer(), **options)
+
+
+def dpo(folder: Path, model: Any, peft_config: SamConfig | None = None, **options: Any) -> DPOTrainer:
+    args = DPOConfig(str(folder), bf16=False, **{**OPTIONS, **options})
+    return DPOTrainer(
+        model, args=args, train_dataset=preferences(), processing_class=tokenizer(), peft_config=peft_config
+    )
+
+
+def test_trl_s_fine_tuning_selects_by_its_loss_trains_and_saves_an_adapter(tmp_path: Path) -> None:
+    base = llama()
+    untouched = copy.deepcopy(base)
+    trainer = sft(tmp_path, base, peft_config=SamConfig(task_type="CAUSAL_LM", density=0.1))
+    selection = select_parameters(trainer)
+    assert trainer._total_train_tokens == 0
+    assert not any(trainer._metrics.values())  # nothing of the pass gets into the logs
+    tokens = [tokenizer()(text + "[EOS]", return_tensors="pt")["input_ids"] for text in texts()["text"]]
+    number = sum(ids.numel() - 1 for ids in tokens)
+    assert selection.samples == number
+    gradients = mean_loss_gradients(
+        untouched,
+        selection.indices,
+        [{"input_ids": ids, "labels": ids} for ids in tokens],
+        lambda model, batch: model(**batch).loss * (batch["labels"].numel() - 1),
+        number,
+    )
+    expected = largest({name: gradients[name].double() ** 2 for name in selection.indices}, selection.k)
+    found = {name: indices.tolist() for name, indices in selection.indices.items()}
+    assert sum(len(set(found[name]) ^ set(expected[name])) for name in found) <= 2  # ties to rounding
+    trainer.train()
+    assert all(bool(tensor.any()) for tensor in values(trainer.model).values())
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(untouched, tmp_path / "adapter")
+    torch.testing.assert_close(values(loaded), values(trainer.model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_trl_s_preference_training_compares_with_the_base_model(tmp_path: Path, precomputed: bool) -> None:
+    base = llama()
+    trainer = dpo(
+        tmp_path,
+        copy.deepcopy(base),
+        SamConfig(task_type="CAUSAL_LM", density=0.1),
+        precompute_ref_log_probs=precomputed,
+    )
+    select_parameters(trainer)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)  # log 2: the policy starts as the reference
+    assert losses(trainer)[-1] < 0.69
+    batch = next(iter(trainer.get_train_dataloader()))
+    if precomputed:
+        got = torch.cat([batch["ref_chosen_logps"], batch["ref_rejected_logps"]])
+    else:
+        got = torch.cat(trainer.compute_ref_log_probs(trainer.model, dict(batch)))
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        logits = base.eval()(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+    of_tokens = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(got, (of_tokens * batch["completion_mask"][:, 1:]).sum(1))
+
+
+def test_trl_s_preference_training_goes_on_from_an_adapter_as_its_reference(tmp_path: Path) -> None:
+    config = SamConfig(task_type="CAUSAL_LM", density=0.1, score="random", init_weights=False)
+    model: Any = get_peft_model(llama(), config)
+    trained = values(model)
+    trainer = dpo(tmp_path, model)
+    torch.testing.assert_close(values(model, "ref"), trained, rtol=0, atol=0)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(0.693147, abs=1e-5)
+    torch.testing.assert_close(values(model, "ref"), trained, rtol=0, atol=0)
+    assert any(not torch.equal(tensor, trained[name]) for name, tensor in values(model).items())
+
+
+@takes_adapters
+def test_a_sentence_transformer_selects_trains_saves_and_loads(tmp_path: Path) -> None:
+    bert().bert.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    modules = [Transformer(str(tmp_path / "base")), Pooling(16)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(tmp_path / "plain"))
+    model = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    sentences = [words(1, 2), words(3), words(5, 8, 2)]
+    plain = model.encode(sentences, convert_to_tensor=True)
+    model.add_adapter(SamConfig(task_type="FEATURE_EXTRACTION", density=0.1))
+    assert torch.equal(model.encode(sentences, convert_to_tensor=True), plain)
+    pairs = [{"sentence1": words(i, 1), "sentence2": words(2 * i, 5), "score": float(i % 2)} for i in range(12)]
+    args = SentenceTransformerTrainingArguments(str(tmp_path / "out"), **OPTIONS)
+    trainer = SentenceTransformerTrainer(model, args, Dataset.from_list(pairs), loss=CosineSimilarityLoss(model))
+    selection = select_parameters(trainer)
+    assert selection.samples == len(pairs)
+    assert all(name.startswith("encoder.layer.") for name in selection.counts)
+    trainer.train()
+    trained = model.encode(sentences, convert_to_tensor=True)
+    assert not torch.allclose(trained, plain)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded = SentenceTransformer(str(tmp_path / "plain"), device="cpu")
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    for again in (loaded, SentenceTransformer(str(tmp_path / "adapter"), device="cpu")):
+        assert torch.equal(again.encode(sentences, convert_to_tensor=True), trained)
+
+
+def test_two_parts_with_adapters_are_told_apart_by_the_caller() -> None:
+    config = SamConfig(target_modules="all", density=0.5)
+    both = nn.ModuleList([get_peft_model(nn.Sequential(nn.Linear(4, 4)), config) for _ in range(2)])
+    with pytest.raises(ValueError, match=r"several parts of the ModuleList have adapters \(PeftModel, PeftModel\):"):
+        select_parameters(both, [torch.randn(2, 4)])
