@@ -20,7 +20,7 @@ from peft_sam.export.checkpoint_patch import write_patch
 from peft_sam.export.low_rank import is_low_rank_target, lora
 from peft_sam.export.parts import Adapter, Part
 from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
-from peft_sam.files.checkpoint import PEFT_PREFIX
+from peft_sam.layers.found import PEFT_PREFIX
 
 DEFAULT_RANK = 16
 SHOWN = 5

@@ -12,12 +12,11 @@ from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import PEFT_PREFIX, sam_layers
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import PEFT_PREFIX, base_name, sam_layers
 from peft_sam.layers.owned import head_of, is_plain, stored_parameter
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.model import SamModel
-from peft_sam.tuner.targets import base_name
 
 
 class Part(NamedTuple):

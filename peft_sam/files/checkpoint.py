@@ -16,31 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import AuxiliaryTrainingWrapper
-from peft_sam.layers.base import SEPARATOR, SamLayer
+from peft_sam.layers.base import SamLayer
+from peft_sam.layers.deltas import name_of
+from peft_sam.layers.found import module_of
 from peft_sam.sparse.coding import decode, encode
 from peft_sam.sparse.delta import PendingAdapterError
 from peft_sam.sparse.support import check_support
-from peft_sam.tuner.targets import base_name
 
-PEFT_PREFIX = "base_model.model."
 KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
-
-
-def sam_layers(model: nn.Module) -> dict[str, SamLayer]:
-    """The sparse layers of a model by module name in the unwrapped base model, in its order.
-
-    A module that an adapter trains densely is a copy of the base model's, with copies of its sparse layers: not those.
-    """
-    return {
-        base_name(name).removeprefix(PEFT_PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, SamLayer) and "modules_to_save" not in name.split(".")
-    }
-
-
-def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SamLayer]:
-    """Those that an adapter targets."""
-    return {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
 
 
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
@@ -67,18 +50,13 @@ def to_file(
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         parameter, _, part = after.rpartition(".")
         if part == "indices":
-            delta = layers[module_of(before)].deltas(adapter_name)[parameter.replace(SEPARATOR, ".")]
+            delta = layers[module_of(before)].deltas(adapter_name)[name_of(parameter)]
             written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
         elif part == "values" and save_dtype is not None:
             written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
         else:
             written[key] = tensor
     return written
-
-
-def module_of(path: str) -> str:
-    """The name in the unwrapped base model of the module at `path` in a model or a file."""
-    return base_name(path).removeprefix(PEFT_PREFIX)
 
 
 def _in_dtype(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -110,7 +88,7 @@ def read_file(
     found: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in state.items():
         if match := KEY.match(key):
-            found[module_of(match["module"])][match["parameter"].replace(SEPARATOR, ".")][match["part"]] = tensor
+            found[module_of(match["module"])][name_of(match["parameter"])][match["part"]] = tensor
     if not found:
         raise ValueError(
             "the adapter file holds no sparse deltas (no key with '.sam_sparse_delta.'): it is not a SAM sparse "

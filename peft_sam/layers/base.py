@@ -11,28 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import BaseTunerLayer, QuantizationBackend, check_adapters_to_merge
+from peft_sam.layers.deltas import Deltas, delta_for, set_to_random
 from peft_sam.layers.merging import Change, check_merge, merge, restore
 from peft_sam.layers.mixed import BASE, by_samples
 from peft_sam.layers.owned import features, is_plain, own_parameters, stored_parameters
-from peft_sam.layers.replicas import keep_equal
 from peft_sam.layers.substitute import call_with
-from peft_sam.sparse.delta import CodedDelta, PendingAdapterError, SparseDelta, delta_dtype
+from peft_sam.sparse.delta import CodedDelta, PendingAdapterError, SparseDelta
 from peft_sam.sparse.ops import compose
 from peft_sam.sparse.support import check_support
-
-# Standard deviation of the deltas that init_weights=False starts from.
-TEST_INIT_STD = 0.02
-
-# Separates child and parameter in the key of a delta; module names cannot hold a dot.
-SEPARATOR = "/"
 
 
 def _prepare_after_loading(layer: SamLayer, _: Any) -> None:
     layer.prepare()
-
-
-def _key(name: str) -> str:
-    return name.replace(".", SEPARATOR)
 
 
 class SamLayer(nn.Module, BaseTunerLayer):
@@ -82,14 +72,14 @@ class SamLayer(nn.Module, BaseTunerLayer):
         """
         delta_type, own = CodedDelta if coded else SparseDelta, self.parameters_below()
         if adapter_name not in self.sam_sparse_delta:
-            self.sam_sparse_delta[adapter_name] = nn.ModuleDict()
+            self.sam_sparse_delta[adapter_name] = Deltas()
         for name, number in entries.items():
-            self.sam_sparse_delta[adapter_name][_key(name)] = delta_type.place_holder(own[name], number)  # type: ignore[operator]
+            self._held(adapter_name).put(name, delta_type.place_holder(own[name], number))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def drop(self, adapter_name: str, name: str) -> None:
         """Remove the delta of one parameter."""
-        del self.sam_sparse_delta[adapter_name][_key(name)]  # type: ignore[operator]
+        self._held(adapter_name).drop(name)
 
     def parameters_below(self) -> dict[str, Tensor]:
         """The parameters that deltas can change, by name relative to the innermost base layer."""
@@ -101,9 +91,11 @@ class SamLayer(nn.Module, BaseTunerLayer):
 
     def deltas(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
-        # every forward pass comes by here: nn.ModuleDict's own look-up would take most of the time
         found: Any = self.sam_sparse_delta._modules.get(adapter_name)
-        return {} if found is None else {key.replace(SEPARATOR, "."): of for key, of in found._modules.items()}
+        return {} if found is None else found.by_name()
+
+    def _held(self, adapter_name: str) -> Deltas:
+        return self.sam_sparse_delta[adapter_name]  # type: ignore[return-value]
 
     def set_support(
         self, adapter_name: str, supports: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
@@ -113,33 +105,15 @@ class SamLayer(nn.Module, BaseTunerLayer):
         Values start at zero, or from `values`. Parameters whose support has the size it had keep their tensors, so
         that an optimizer that holds them goes on.
         """
-        old, deltas = self.deltas(adapter_name), nn.ModuleDict()
-        own = self.parameters_below()
+        old, own, deltas = self.deltas(adapter_name), self.parameters_below(), {}
         trainable = adapter_name in self.active_adapters and not self._disable_adapters
         for name, indices in supports.items():
-            parameter = own[name]
-            check_support(indices, parameter.numel(), name)
-            delta = old.get(name)
-            if delta is None or not delta.can_hold(indices):
-                dtype = delta_dtype(parameter.dtype) if delta is None else delta.values.dtype
-                device = indices.device if parameter.is_meta else parameter.device
-                requires_grad = trainable if delta is None else delta.values.requires_grad
-                delta = SparseDelta(
-                    parameter.shape,
-                    indices.to(device, torch.int64, copy=True),
-                    torch.zeros(len(indices), dtype=dtype, device=device),
-                )
-                delta.values.requires_grad_(requires_grad)
-                keep_equal(delta.values, parameter)
-            else:
-                delta.hold(indices)
-            with torch.no_grad():
-                if values is None:
-                    delta.values.zero_()
-                else:
-                    delta.values.copy_(values[name])
-            deltas[_key(name)] = delta
-        self.sam_sparse_delta[adapter_name] = deltas
+            check_support(indices, own[name].numel(), name)
+            deltas[name] = delta_for(own[name], indices, old.get(name), trainable)
+            if values is not None:
+                with torch.no_grad():
+                    deltas[name].values.copy_(values[name])
+        self.sam_sparse_delta[adapter_name] = Deltas(deltas)
         self.prepare()
 
     def prepare(self) -> None:
@@ -167,8 +141,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
     def reset_values(self, adapter_name: str) -> None:
         """Small random deltas instead of zeros (`init_weights=False`)."""
         for delta in self.deltas(adapter_name).values():
-            with torch.no_grad():
-                delta.values.copy_(torch.randn(len(delta.values)) * TEST_INIT_STD)
+            set_to_random(delta)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # Only the device: PEFT's version would round the values to the base dtype on the way.

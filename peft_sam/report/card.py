@@ -13,9 +13,9 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from peft_sam.config import SamConfig
+from peft_sam.layers.found import has_support
 from peft_sam.report.report import counts_of, draw, selection_of, title_of
 from peft_sam.selection import Selection
-from peft_sam.tuner.candidates import has_support
 
 HEADING = "## SAM sparse adapter"
 PICTURE = "selection.png"

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_sam.files.checkpoint import sam_layers
+from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selection import Selection
-from peft_sam.tuner.candidates import deltas_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,1 +1,8 @@
-"""`select_parameters`: the stairs between choosing and adapting."""
+"""The stairs between the two wings: `select_parameters`.
+
+Imports: scores, selection, config, choosing, layers, tuner.
+Imported by nobody but the package itself.
+
+* `select`: `select_parameters`; `batches`: where the batches and their losses come from; `passes`: the passes that one
+  selection needs, within a memory budget; `twin`: a sharded copy for the time of a pass.
+"""

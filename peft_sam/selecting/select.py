@@ -15,13 +15,13 @@ from peft_sam.choosing.choose import choose
 from peft_sam.choosing.dense import copy_whole, restoring, train_densely
 from peft_sam.choosing.processes import Processes
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import sam_layers
 from peft_sam.layers.base import selecting
+from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.passes import select_by_data
 from peft_sam.selecting.twin import sharded_twin
 from peft_sam.selection import Selection
-from peft_sam.tuner.candidates import apply_selection, candidates_of, deltas_of, trained_besides
+from peft_sam.tuner.candidates import apply_selection, candidates_of, trained_besides
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -1,1 +1,10 @@
-"""PEFT's tuner: a network plus its layers."""
+"""PEFT's tuner for sparse adapters: a network plus its layers.
+
+Imports: _peft, scores, selection, config, sparse, layers, files.
+Imported by: selecting, export.
+
+* `model`: `SamModel`, PEFT's BaseTuner; `injection`: putting an adapter in, and out again if that fails.
+* `targets`: which modules a config means; `candidates`: what an adapter can change, and giving it its support.
+* `ties`: parameters that several modules own; `fastpath`: torch's own ways past a module's children.
+* `arithmetic`: adapters out of adapters; `hotswap`: one in the place of another.
+"""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from peft_sam._peft import NoMatchingPeftModuleError
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import counts_in, layers_with, modules_in, read_file, sam_layers
+from peft_sam.files.checkpoint import counts_in, modules_in, read_file
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import layers_with, sam_layers
 from peft_sam.layers.owned import stored_parameters
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
@@ -21,24 +22,10 @@ from peft_sam.sparse.delta import SparseDelta
 from peft_sam.tuner.targets import resolve_targets
 
 
-def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
-    """All deltas of an adapter, pending ones included, by parameter name in the unwrapped base model."""
-    return {
-        f"{module}.{name}": delta
-        for module, layer in sam_layers(model).items()
-        for name, delta in layer.deltas(adapter_name).items()
-    }
-
-
 def trained_besides(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained besides SAM adapters, by name: a new head in `modules_to_save`."""
     sparse = {id(p) for module in model.modules() if isinstance(module, SparseDelta) for p in module.parameters()}
     return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
-
-
-def has_support(model: nn.Module, adapter_name: str) -> bool:
-    """Whether any delta of the adapter has its support."""
-    return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
 
 
 def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:

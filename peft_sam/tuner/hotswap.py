@@ -18,9 +18,10 @@ from torch import Tensor
 from peft_sam import _peft
 from peft_sam._peft import SAM_SPARSE, hotswap
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import KEY, layers_with, module_of, read_file, sam_layers
+from peft_sam.files.checkpoint import KEY, read_file
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import layers_with, module_of, sam_layers
 from peft_sam.tuner.model import SamModel
 
 # A reloaded module finds its own wrappers in place and unwraps them.

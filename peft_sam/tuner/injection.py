@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import layers_with, sam_layers
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import base_modules, base_name, has_support, layers_with, sam_layers
 from peft_sam.layers.make import make_layer
 from peft_sam.layers.owned import own_parameters
 from peft_sam.selection import Selection
@@ -23,13 +23,12 @@ from peft_sam.tuner.candidates import (
     apply_selection,
     candidates_of,
     check_weights,
-    has_support,
     share_support,
     support_as,
     target_as,
 )
 from peft_sam.tuner.fastpath import have_children_called
-from peft_sam.tuner.targets import base_modules, base_name, is_target
+from peft_sam.tuner.targets import is_target
 from peft_sam.tuner.ties import tie
 
 
@@ -60,7 +59,7 @@ def inject(
         if state_dict is not None:
             target_as(state_dict, config, model)
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-        _inject_nested(tuner, model, adapter_name, config)
+        _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model, adapter_name, config)
         have_children_called(model)
         if config.selection is not None:
@@ -137,14 +136,14 @@ def _wrap(tuner: Any, module: nn.Module, name: str, parent: nn.Module) -> SamLay
     return layer
 
 
-def _inject_nested(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:
-    """Adapt targets inside a module that an earlier adapter wrapped; PEFT does not look inside its layers."""
-    for name, _ in list(base_modules(model)):
-        layer = model.get_submodule(name)
-        reached = isinstance(layer, SamLayer) and adapter_name in layer.sam_sparse_delta
-        if ".base_layer." in name and not reached and is_target(config, name):
-            path, child = name.rpartition(".")[::2]
-            adapt(tuner, config, adapter_name, layer, child, model.get_submodule(path), name)
+def _adapt_inside_layers(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+    """Adapt the targets inside modules that an earlier adapter wrapped: PEFT does not look inside its layers."""
+    reached = {id(layer.get_base_layer()) for layer in layers_with(model, adapter_name).values()}
+    inside = [(path, module) for path, module in base_modules(model) if ".base_layer." in path]
+    for path, module in inside:
+        if id(module) not in reached and is_target(config, path):
+            parent, _, child = path.rpartition(".")
+            adapt(tuner, config, adapter_name, model.get_submodule(path), child, model.get_submodule(parent), path)
             tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
 
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import KEY, check_others, counts_in, layers_with, read_file, sam_layers, to_file
+from peft_sam.files.checkpoint import KEY, check_others, counts_in, read_file, to_file
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layers
 from peft_sam.layers.mixed import adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.arithmetic import Combined, check_combination, combine_heads
-from peft_sam.tuner.candidates import deltas_of, has_support, record_counts
+from peft_sam.tuner.candidates import record_counts
 from peft_sam.tuner.fastpath import restore_fast_paths
 from peft_sam.tuner.injection import adapt, inject, replace, withdraw
 from peft_sam.tuner.targets import is_target, resolve_targets

@@ -12,44 +12,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import (
-    AuxiliaryTrainingWrapper,
     BaseTunerLayer,
     NoMatchingPeftModuleError,
     check_target_module_exists,
 )
 from peft_sam.config import SamConfig
-from peft_sam.layers.owned import is_packed_linear, own_parameters, read_not_called
-
-# What tuners, modules_to_save, and wrappers of torch (compiling, FSDP, checkpointing) put in a module's path.
-WRAPPERS = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def base_name(name: str) -> str:
-    """The name that a module or parameter has in the unwrapped base model."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
-
-
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names in `model` and modules of the base model, seen through tuner layers and modules_to_save; without the root.
-
-    A child whose parameters its parent reads without calling it belongs to the parent and is left out.
-    """
-    seen: set[int] = set()
-
-    def below(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-        for name, child in module.named_children():
-            here = inside = f"{path}{name}"
-            if isinstance(child, AuxiliaryTrainingWrapper):
-                child, here = child.original_module, f"{here}.original_module"
-                inside = here
-            while isinstance(child, BaseTunerLayer):
-                child, inside = child.base_layer, f"{inside}.base_layer"
-            if id(child) not in seen and name not in read_not_called(module):
-                seen.add(id(child))
-                yield here, child
-                yield from below(child, f"{inside}.")
-
-    return below(model, "")
+from peft_sam.layers.found import base_modules, base_name
+from peft_sam.layers.owned import is_packed_linear, own_parameters
 
 
 def is_target(config: SamConfig, path: str) -> Any:

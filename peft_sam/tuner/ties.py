@@ -10,8 +10,8 @@ from torch import nn
 
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import base_modules, base_name
 from peft_sam.layers.owned import stored_parameters
-from peft_sam.tuner.targets import base_modules, base_name
 
 
 class Place(NamedTuple):

@@ -14,8 +14,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from peft_sam import OtherBaseWarning, SamConfig
-from peft_sam.files.checkpoint import sam_layers
 from peft_sam.files.fingerprint import ENTRIES, check_base
+from peft_sam.layers.found import sam_layers
 from tests.shared.cases import bert
 
 

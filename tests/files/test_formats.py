@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 from peft_sam.config import FORMAT
-from peft_sam.tuner.candidates import deltas_of
+from peft_sam.layers.found import deltas_of
 from tests.shared.versions import takes_adapters
 
 FILES = Path(__file__).parent / "saved"

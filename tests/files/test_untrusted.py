@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from peft_sam.files.checkpoint import read_file, sam_layers
+from peft_sam.files.checkpoint import read_file
+from peft_sam.layers.found import sam_layers
 from tests.files.test_checkpoint import FILE, logits, trained
 
 CONFIG = "adapter_config.json"

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_sam import OtherBaseWarning, SamConfig
-from peft_sam.files.checkpoint import sam_layers
+from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.sparse.delta import CodedDelta
-from peft_sam.tuner.candidates import deltas_of
 from tests.shared.cases import bert
 
 pytestmark = [  # torch.compile's own

@@ -25,8 +25,7 @@ from transformers import BertModel, DebertaConfig, DebertaModel
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.files.checkpoint import sam_layers
-from peft_sam.tuner.candidates import deltas_of
+from peft_sam.layers.found import deltas_of, sam_layers
 from tests.shared.cases import MODULES, ModuleCase, bert, gpt2, names
 from tests.shared.reference import adapted_copy
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peft_sam import PendingAdapterError, SamConfig, select_parameters
 from peft_sam.layers.base import SamLayer
-from peft_sam.tuner.candidates import deltas_of
+from peft_sam.layers.found import deltas_of
 from tests.shared.cases import NETS, NetCase, bert, gpt2, names, vit
 from tests.shared.reference import adapted_copy
 from tests.shared.versions import checkpoint_activations, takes_adapters

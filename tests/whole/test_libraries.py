@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.tuner.candidates import deltas_of
+from peft_sam.layers.found import deltas_of
 from tests.shared.cases import VOCABULARY, bert, llama
 from tests.shared.reference import largest, mean_loss_gradients
 from tests.shared.versions import takes_adapters

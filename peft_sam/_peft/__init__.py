@@ -1,0 +1,60 @@
+"""The door to PEFT: the names that it keeps private, and the only place that changes its tables and methods.
+
+Everything else in this package uses what PEFT documents.
+
+Imports nothing of the package.
+Imported by: config, layers, files, tuner.
+
+* `names`: PEFT's private names; `quantised`: its access to quantised weights.
+* `kind`: the member SAM_SPARSE of its enum of types.
+* `mixed`, `configs`, `cards`, `files`: where PEFT's own way of doing a thing leaves sparse adapters out.
+* `register`: enters all of it.
+"""
+
+from peft_sam._peft.files import pickle_allowed
+from peft_sam._peft.kind import SAM_SPARSE
+from peft_sam._peft.names import (
+    SUPPORTED_PEFT,
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    NoMatchingPeftModuleError,
+    QuantizationBackend,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    dare_linear,
+    dare_ties,
+    hotswap,
+    hotswap_adapter_from_state_dict,
+    load_peft_weights,
+    magnitude_prune,
+    prepare_swap,
+    task_arithmetic,
+    ties,
+)
+from peft_sam._peft.quantised import quantization_backend
+from peft_sam._peft.register import register
+
+__all__ = [
+    "SAM_SPARSE",
+    "SUPPORTED_PEFT",
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "NoMatchingPeftModuleError",
+    "QuantizationBackend",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "dare_linear",
+    "dare_ties",
+    "hotswap",
+    "hotswap_adapter_from_state_dict",
+    "load_peft_weights",
+    "magnitude_prune",
+    "pickle_allowed",
+    "prepare_swap",
+    "quantization_backend",
+    "register",
+    "task_arithmetic",
+    "ties",
+]

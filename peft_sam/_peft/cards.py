@@ -1,0 +1,42 @@
+"""PEFT's model card says what a sparse adapter is, also when `push_to_hub` writes a card of its own.
+
+`push_to_hub` saves the adapter, then overwrites its card with an empty template; the card is written once more before
+the upload.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from peft_sam._peft.kind import is_sparse
+
+# A reloaded module finds its own wrapper in place and unwraps it.
+_write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
+
+
+def enter_cards(complete_card: Callable[[Any, str, Path], None]) -> None:
+    """Have `complete_card` (model, adapter name, folder) add to PEFT's cards.
+
+    Of several sparse adapters the card describes "default", which PEFT saves beside it, or else the first.
+    """
+
+    @functools.wraps(_write_plain_card)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        _write_plain_card(self, output_dir)
+        names = [name for name, config in self.peft_config.items() if is_sparse(config)]
+        if names:
+            complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
+
+    def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        if any(is_sparse(config) for config in self.peft_config.values()):
+            self.create_or_update_model_card(str(working_dir))
+        return super(PeftModel, self)._upload_modified_files(working_dir, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files

@@ -1,0 +1,92 @@
+"""What PEFT does with files of sparse adapters: one that cannot be loaded is taken out again, and none is a pickle."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from peft_sam._peft.kind import is_sparse, tuner
+from peft_sam._peft.names import save_and_load
+
+# A reloaded module finds its own wrappers in place and unwraps them.
+_load_adapter = inspect.unwrap(PeftModel.load_adapter)
+_save_pretrained = inspect.unwrap(PeftModel.save_pretrained)
+_torch_load = inspect.unwrap(save_and_load.torch_load)
+
+# Whether the file that PEFT is reading may be a pickle.
+pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
+
+
+def enter_files(other_base: type[Warning]) -> None:
+    """Wrap PEFT's ways to save and load; with `strict_base` a warning `other_base` is an error.
+
+    PEFT adds an adapter before it reads the file.
+    """
+
+    @functools.wraps(_load_adapter)
+    def load_adapter(
+        self: PeftModel, model_id: str, adapter_name: str, *args: Any, strict_base: bool = False, **kwargs: Any
+    ) -> Any:
+        def is_ours() -> bool:
+            return is_sparse(self.peft_config.get(adapter_name))
+
+        new = adapter_name not in self.peft_config or (is_ours() and tuner().awaits_file(self.base_model, adapter_name))
+        token = pickle_allowed.set(lambda: not is_ours())
+        try:
+            with warnings.catch_warnings() if strict_base else nullcontext():
+                if strict_base:
+                    warnings.simplefilter("error", other_base)
+                result = _load_adapter(self, model_id, adapter_name, *args, **kwargs)
+                if is_ours():
+                    tuner().stay_at_hand(self.base_model, adapter_name)
+                return result
+        except BaseException as error:
+            if isinstance(error, other_base):
+                raise ValueError(str(error)) from None
+            if not is_ours():
+                raise
+            if new:
+                tuner().withdraw(self.base_model, adapter_name)
+            if isinstance(error, SafetensorError):
+                raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
+            if isinstance(error, KeyError):
+                raise ValueError(f"the adapter file of {str(model_id)!r} lacks the tensor {error}.") from error
+            raise
+        finally:
+            pickle_allowed.reset(token)
+
+    @functools.wraps(_torch_load)
+    def torch_load(*args: Any, **kwargs: Any) -> Any:
+        if not pickle_allowed.get()():
+            raise ValueError(
+                "the adapter file is a pickle (adapter_model.bin); SAM sparse adapters are safetensors files only, "
+                "which cannot run code: get, or save again, adapter_model.safetensors."
+            )
+        return _torch_load(*args, **kwargs)
+
+    @functools.wraps(_save_pretrained)
+    def save_pretrained(
+        self: PeftModel,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        chosen = self.peft_config if selected_adapters is None else selected_adapters
+        if not safe_serialization and any(is_sparse(self.peft_config.get(name)) for name in chosen):
+            raise ValueError(
+                "safe_serialization=False writes a pickle; SAM sparse adapters are safetensors files only."
+            )
+        return _save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+
+    PeftModel.load_adapter, PeftModel.save_pretrained = load_adapter, save_pretrained
+    save_and_load.torch_load = torch_load
