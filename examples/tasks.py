@@ -7,6 +7,7 @@ them into what a `transformers.Trainer` reads.
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -17,16 +18,16 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any, Literal, NamedTuple
 
+import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, load_dataset
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import PreTrainedTokenizerBase
 
 Metric = Callable[[ArrayLike, ArrayLike], dict[str, float]]
 Problem = Literal["classification", "regression"]
 Rows = Iterable[Mapping[str, Any]]
+OWN_METRICS = Path(__file__).with_name("metric.py")
 
 
 @dataclass(frozen=True)
@@ -54,32 +55,44 @@ def _classes(predictions: ArrayLike) -> NDArray[Any]:
     return scores.argmax(axis=-1) if scores.ndim == 2 else scores
 
 
+@functools.cache
+def _metric(name: str) -> evaluate.Metric:
+    """The Hub's metric of that name; the project's own one where no hub is reached."""
+    try:
+        return evaluate.load(name, module_type="metric", keep_in_memory=True)
+    except FileNotFoundError:
+        return evaluate.load(str(OWN_METRICS), name, keep_in_memory=True)
+
+
+def _score(name: str, predictions: ArrayLike, labels: ArrayLike) -> float:
+    return float(_metric(name).compute(predictions=predictions, references=labels)[name])
+
+
 def accuracy(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """The fraction of right classes."""
-    return {"accuracy": float(accuracy_score(labels, _classes(predictions)))}
+    return {"accuracy": _score("accuracy", _classes(predictions), labels)}
 
 
 def matthews(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """Matthews correlation (0 for a constant answer), then accuracy."""
     return {
-        "matthews": float(matthews_corrcoef(labels, _classes(predictions))),
+        "matthews": _score("matthews_correlation", _classes(predictions), labels),
         **accuracy(predictions, labels),
     }
 
 
 def accuracy_and_f1(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """The mean of accuracy and the F1 of class 1, then both."""
-    right = accuracy(predictions, labels)["accuracy"]
-    f1 = float(f1_score(labels, _classes(predictions), zero_division=0.0))
+    classes = _classes(predictions)
+    right, f1 = _score("accuracy", classes, labels), _score("f1", classes, labels)
     return {"accuracy_and_f1": (right + f1) / 2, "accuracy": right, "f1": f1}
 
 
 def correlations(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """The mean of Pearson and Spearman correlation (both 0 for a constant answer), then both."""
-    values, targets = np.asarray(predictions, dtype=float).ravel(), np.asarray(labels, dtype=float)
-    pearson, spearman = 0.0, 0.0
+    values, pearson, spearman = np.asarray(predictions, dtype=float).ravel(), 0.0, 0.0
     if np.ptp(values) != 0:
-        pearson, spearman = float(pearsonr(values, targets)[0]), float(spearmanr(values, targets)[0])
+        pearson, spearman = _score("pearsonr", values, labels), _score("spearmanr", values, labels)
     return {"correlation": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
 
 

@@ -144,6 +144,39 @@ def test_a_metric_reads_scores_or_classes_and_puts_the_headline_first(tasks: Mod
     assert set(tasks.correlations(np.zeros((4, 1)), labels).values()) == {0.0}
 
 
+@pytest.mark.parametrize("size", [6, 300])
+def test_a_metric_of_the_project_gives_the_numbers_of_its_definition(tasks: ModuleType, size: int) -> None:
+    rng = np.random.default_rng(size)
+    scores, labels = rng.normal(size=(size, 2)), rng.integers(0, 2, size)
+    (tn, fp), (fn, tp) = ([int(((labels == a) & (scores.argmax(1) == b)).sum()) for b in (0, 1)] for a in (0, 1))
+    found = {**tasks.matthews(scores, labels), **tasks.accuracy_and_f1(scores, labels)}
+    product = float((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert found["matthews"] == pytest.approx((tp * tn - fp * fn) / product**0.5)
+    assert found["accuracy"] == pytest.approx((tp + tn) / size)
+    assert found["f1"] == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    values, targets = rng.normal(size=size), rng.normal(size=size)
+    found = tasks.correlations(values[:, None], targets)
+    assert found["pearson"] == pytest.approx(np.corrcoef(values, targets)[0, 1])
+    places = [of.argsort().argsort() for of in (values, targets)]
+    assert found["spearman"] == pytest.approx(np.corrcoef(*places)[0, 1])
+
+
+def test_the_hub_s_metric_is_used_where_a_hub_is_reached(tasks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    class HubMetric:
+        def compute(self, predictions: Any, references: Any) -> dict[str, float]:
+            return {"accuracy": 0.125}
+
+    monkeypatch.setattr(tasks.evaluate, "load", lambda name, **_: asked.append(name) or HubMetric())
+    tasks._metric.cache_clear()
+    try:
+        assert tasks.accuracy([0, 1], [0, 1]) == {"accuracy": 0.125}
+    finally:
+        tasks._metric.cache_clear()
+    assert asked == ["accuracy"]
+
+
 def test_tokenising_keeps_the_labels_cuts_to_length_and_does_not_pad(tasks: ModuleType) -> None:
     def tokenizer(*texts: list[str], truncation: bool, max_length: int) -> dict[str, list[list[int]]]:
         assert truncation
