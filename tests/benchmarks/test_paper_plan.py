@@ -17,6 +17,7 @@ import pytest
 from benchmarks.paper import runs as many
 from benchmarks.paper.run import Run
 from benchmarks.paper.runs import append, plan, read, work
+from tests.processes.launch import PATIENCE
 
 SCRIPT = Path(__file__).parents[1] / "processes" / "runs.py"
 KEYS = {f"{task} {seed} {lr}" for task in "ab" for seed, lr in ((0, 0.1), (0, 0.2), (1, 0.2), (2, 0.2))}
@@ -132,7 +133,7 @@ def log(folder: Path) -> list[list[str]]:
 
 
 def wait_until(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -140,7 +141,7 @@ def wait_until(true: Callable[[], bool]) -> None:
 
 def test_two_commands_that_share_a_folder_do_no_run_twice(tmp_path: Path) -> None:
     both = [start(tmp_path, commands=2) for _ in range(2)]
-    told = [process.communicate(timeout=60)[1] for process in both]
+    told = [process.communicate(timeout=PATIENCE)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], told
     assert Counter(run for _, _, run in log(tmp_path)) == Counter(KEYS)
     assert {command for command, *_ in log(tmp_path)} == {str(process.pid) for process in both}
@@ -152,7 +153,7 @@ def test_ctrl_c_ends_all_processes_at_once_and_the_same_command_goes_on(tmp_path
     stopped = start(tmp_path, slow="b")
     wait_until(lambda: len(read(tmp_path)) == 4 and len(log(tmp_path)) >= 5)  # all of a; a worker is busy with b
     os.killpg(stopped.pid, signal.SIGINT)
-    told = stopped.communicate(timeout=30)[1]
+    told = stopped.communicate(timeout=PATIENCE)[1]
     assert told.count("Traceback") == 1  # the command's own, which its caller catches; none of a worker's
     assert told.rstrip().endswith("KeyboardInterrupt")
     before = log(tmp_path)
@@ -160,7 +161,7 @@ def test_ctrl_c_ends_all_processes_at_once_and_the_same_command_goes_on(tmp_path
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)
     again = start(tmp_path)
-    told = again.communicate(timeout=60)[1]
+    told = again.communicate(timeout=PATIENCE)[1]
     assert again.returncode == 0, told
     assert {run for _, _, run in log(tmp_path)[len(before) :]} == {key for key in KEYS if key.startswith("b")}
     assert set(read(tmp_path)) == KEYS

@@ -15,16 +15,19 @@ from peft import get_peft_model
 from torch import Tensor
 
 from peft_sam import SamConfig, select_parameters
+from tests.processes.launch import PATIENCE
 from tests.processes.selecting import sentences, together
 from tests.processes.shard import base_model
 
-TIMEOUT = 4
+# seconds of the process group: short only where it is what ends the hang
+TIMEOUT = {"hang": 8}
 
 
 def main() -> None:
     failure, sharded = sys.argv[1], sys.argv[2] == "sharded"
+    timeout = TIMEOUT.get(failure, PATIENCE)
     torch.set_num_threads(1)
-    patience = InitProcessGroupKwargs(backend="gloo", timeout=datetime.timedelta(seconds=TIMEOUT))
+    patience = InitProcessGroupKwargs(backend="gloo", timeout=datetime.timedelta(seconds=timeout))
     accelerator = Accelerator(cpu=True, kwargs_handlers=[patience])
     rank = accelerator.process_index
     model: Any = get_peft_model(base_model(2 if sharded else 1), SamConfig(density=0.05))
@@ -40,7 +43,7 @@ def main() -> None:
             if failure == "death":
                 os._exit(9)
             if failure == "hang":
-                time.sleep(3 * TIMEOUT)
+                time.sleep(PATIENCE)
             raise ValueError("a broken batch")
         return value
 

@@ -1,7 +1,7 @@
 """Does pretended runs of the paper's plan in a folder, with two workers; each worker logs what it begins.
 
 `python tests/processes/runs.py FOLDER COMMANDS SLOW`: runs wait until so many commands have begun one, and those of
-the task SLOW take a minute. The real plan, locks, lines and processes, without the seconds that importing torch takes.
+the task SLOW take an hour. The real plan, locks, lines and processes, without the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pretend(run: Pretended, log: Path, commands: int, slow: str) -> dict[str, An
         file.write(f"{os.getppid()} {os.getpid()} {run.key}\n")
     while len({line.split()[0] for line in log.read_text().splitlines()}) < commands:
         time.sleep(0.02)
-    time.sleep(60 if run.task == slow else 0)
+    time.sleep(3600 if run.task == slow else 0)
     config = {"model": run.model, "task": run.task}
     return {"key": run.key, "config": config, "val": {"accuracy": run.lr}, "loss": {"val": 1.0}, "seconds": {"all": 0}}
 

@@ -3,74 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from peft_sam import Selection
+from tests.processes.launch import PATIENCE, launch, start
 from tests.processes.selecting import SCENARIOS
-
-ROOT = Path(__file__).parents[2]
-
-
-def start(script: str, *arguments: str, processes: int, errors: IO[str] | None = None) -> list[subprocess.Popen[str]]:
-    """Start a script of the tests in so many processes that know of each other (torchrun needs a torch with libuv)."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    together = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        **size,
-    }
-    return [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", f"tests.{script}", *arguments],
-            cwd=ROOT,
-            env={**os.environ, **together, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL if errors else subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-
-
-def launch(script: str, processes: int, file: Path) -> Path:
-    """Run a script of the tests, which writes a file, in so many processes; one that fails ends the others."""
-    with tempfile.TemporaryFile("w+") as errors:
-        running = start(script, str(file), processes=processes, errors=errors)
-        stop = time.monotonic() + 300
-        while any(one.poll() is None for one in running) and not any(one.poll() for one in running):
-            if time.monotonic() > stop:
-                break
-            time.sleep(0.05)
-        codes = [one.poll() for one in running]
-        for one in running:
-            one.kill()
-            one.wait()
-        errors.seek(0)
-        assert codes == [0] * processes, errors.read()[-3000:]
-    return file
 
 
 @pytest.fixture(scope="module")
 def selections(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes → the folder with what each of them selected in each scenario."""
     folder = tmp_path_factory.mktemp("selections")
-    return {processes: launch("processes.selecting", processes, folder / str(processes)) for processes in (1, 2, 3, 4)}
+    return {processes: launch("selecting", processes, folder / str(processes)) for processes in (1, 2, 3, 4)}
 
 
 @pytest.mark.slow
@@ -101,7 +49,7 @@ def test_the_number_of_collectives_does_not_grow_with_the_batches(selections: di
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, torch.Tensor]]]:
     """What training in one process does, and in two."""
     folder = tmp_path_factory.mktemp("trained")
-    return [torch.load(launch("processes.train", n, folder / f"{n}.pt")) for n in (1, 2)]
+    return [torch.load(launch("train", n, folder / f"{n}.pt")) for n in (1, 2)]
 
 
 @pytest.mark.slow
@@ -116,7 +64,7 @@ def test_two_processes_train_as_one(trained: list[dict[str, dict[str, torch.Tens
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes → the folder with what was selected, trained and saved on shards; one: on a whole model."""
     folder = tmp_path_factory.mktemp("sharded")
-    return {processes: launch("processes.shard", processes, folder / str(processes)) for processes in (1, 2, 3)}
+    return {processes: launch("shard", processes, folder / str(processes)) for processes in (1, 2, 3)}
 
 
 @pytest.mark.slow
@@ -158,7 +106,7 @@ def test_each_process_holds_only_its_shard_of_the_statistics(sharded: dict[int, 
 
 @pytest.mark.slow
 def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -> None:
-    folders = {n: launch("processes.zero", n, tmp_path / str(n)) for n in (1, 2)}
+    folders = {n: launch("zero", n, tmp_path / str(n)) for n in (1, 2)}
     one, *many = (Selection.load(folders[n] / f"zero-{r}.safetensors") for n, r in ((1, 0), (2, 0), (2, 1)))
     for selection in many:
         assert selection.samples == one.samples == 23
@@ -169,11 +117,11 @@ def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -
 
 def fail(failure: str, sharded: str) -> list[str]:
     """What each of two processes printed when the second failed."""
-    both = start("processes.fail", failure, sharded, processes=2)
-    first = both[0].communicate(timeout=120)[0]
+    both = start("fail", failure, sharded, processes=2)
+    first = both[0].communicate(timeout=PATIENCE)[0]
     if failure == "hang":
         both[1].kill()
-    return [first, both[1].communicate(timeout=120)[0]]
+    return [first, both[1].communicate(timeout=PATIENCE)[0]]
 
 
 @pytest.mark.slow
