@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from peft_sam._peft import SAM_SPARSE
+from peft_sam.recorded import FORMAT, LARGEST, check_selection, counts_of, fingerprints_of, format_of, shown
 from peft_sam.scores import SCORES
 
 BUDGETS = ("global", "tensor")
@@ -19,8 +21,6 @@ BUDGETS = ("global", "tensor")
 CURVATURES = {"fisher": "squared_gradient", "hutchinson": "hessian"}
 SHORTHANDS = ("all-linear", "all")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-# of adapter files: 1 has the support as integers, 2 as a code
-FORMAT = 2
 
 
 @dataclass
@@ -127,40 +127,43 @@ class SamConfig(PeftConfig):
             _check_names(name, getattr(self, name))
         for name in ("fan_in_fan_out", "absolute_damping", "init_weights", "strict_base"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+                raise ValueError(f"{name} must be True or False; got {shown(getattr(self, name))}.")
+        for name in ("base_model_name_or_path", "revision"):
+            if not isinstance(getattr(self, name), (str, os.PathLike, type(None))):
+                raise ValueError(f"{name} must be None or a text; got {shown(getattr(self, name))}.")
         layers = self.layers_to_transform
         if not all(type(index) is int for index in (layers if isinstance(layers, (list, tuple)) else [layers or 0])):
-            raise ValueError(f"layers_to_transform must be None, an integer or a list of integers; got {layers!r}.")
+            raise ValueError(
+                f"layers_to_transform must be None, an integer or a list of integers; got {shown(layers)}."
+            )
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise ValueError(f"density is the share of entries to train, 0 < density <= 1; got {self.density!r}.")
+            raise ValueError(f"density is the share of entries to train, 0 < density <= 1; got {shown(self.density)}.")
         if not isinstance(self.score, str) or self.score not in SCORES:
-            raise ValueError(f"score must be one of {sorted(SCORES)}; got {self.score!r}.")
+            raise ValueError(f"score must be one of {sorted(SCORES)}; got {shown(self.score)}.")
         if not isinstance(self.budget, str) or self.budget not in BUDGETS:
-            raise ValueError(f"budget must be one of {list(BUDGETS)}; got {self.budget!r}.")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be a non-negative integer; got {self.seed!r}.")
+            raise ValueError(f"budget must be one of {list(BUDGETS)}; got {shown(self.budget)}.")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < LARGEST:
+            raise ValueError(f"seed must be a non-negative integer; got {shown(self.seed)}.")
         if not isinstance(self.curvature, str) or self.curvature not in CURVATURES:
-            raise ValueError(f"curvature must be one of {sorted(CURVATURES)}; got {self.curvature!r}.")
-        if isinstance(self.probes, bool) or not isinstance(self.probes, int) or self.probes < 1:
-            raise ValueError(f"probes must be a positive integer; got {self.probes!r}.")
+            raise ValueError(f"curvature must be one of {sorted(CURVATURES)}; got {shown(self.curvature)}.")
+        if isinstance(self.probes, bool) or not isinstance(self.probes, int) or not 1 <= self.probes < LARGEST:
+            raise ValueError(f"probes must be a positive integer; got {shown(self.probes)}.")
         if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < inf:
-            raise ValueError(f"damping must be a positive number; got {self.damping!r}.")
+            raise ValueError(f"damping must be a positive number; got {shown(self.damping)}.")
         regex = isinstance(self.target_modules, str) and self.target_modules not in SHORTHANDS
         if regex and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform does not work with a regular expression in target_modules "
-                f"({self.target_modules!r}): name the layers in the expression, or give target_modules as a list."
+                f"({shown(self.target_modules)}): name the layers in the expression, or give target_modules as a list."
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(
-                f"layers_pattern={self.layers_pattern!r} needs layers_to_transform, which says which layers to take."
+                f"layers_pattern={shown(self.layers_pattern)} needs layers_to_transform, which says which layers it is."
             )
         if not isinstance(self.save_dtype or "", str) or self.save_dtype not in (None, *SAVE_DTYPES):
-            raise ValueError(f"save_dtype must be None or one of {list(SAVE_DTYPES)}; got {self.save_dtype!r}.")
+            raise ValueError(f"save_dtype must be None or one of {list(SAVE_DTYPES)}; got {shown(self.save_dtype)}.")
         if self.selection is not None:
-            counts_of(self.selection)
-            format_of(self.selection)
-            fingerprints_of(self.selection)
+            check_selection(self.selection)
 
     def for_one_adapter(self) -> SamConfig:
         """A copy that an adapter can fill in, so that one config makes many adapters."""
@@ -211,52 +214,11 @@ class SamConfig(PeftConfig):
 def _check_names(field_name: str, value: Any) -> None:
     names = value if isinstance(value, (list, tuple, set)) else [value]
     if value is not None and not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{field_name} must be None, a text or a list of texts; got {str(value)[:200]!r}.")
+        raise ValueError(f"{field_name} must be None, a text or a list of texts; got {shown(value)}.")
     if isinstance(value, str) and field_name == "modules_to_save":
-        raise ValueError(f"modules_to_save must be None or a list of module names; got {value[:200]!r}.")
+        raise ValueError(f"modules_to_save must be None or a list of module names; got {shown(value)}.")
     if isinstance(value, str) and field_name != "layers_pattern":
         try:
             re.compile(value)
-        except re.error as error:
-            raise ValueError(f"{field_name} is no regular expression ({error}): {value[:200]!r}.") from None
-
-
-def counts_of(selection: Any) -> dict[str, int]:
-    """The entries per parameter in a config's `selection`, which may come from a stranger's file: checked."""
-    counts = selection.get("counts") if isinstance(selection, Mapping) else None
-    if not isinstance(counts, Mapping) or not counts:
-        raise ValueError(
-            "the field `selection` of a SamConfig must hold 'counts', a map from parameter name to entries; got "
-            f"{str(selection)[:200]!r}. It is filled in by select_parameters; leave it None."
-        )
-    for name, count in counts.items():
-        if not isinstance(name, str) or isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(
-                f"the field `selection` of a SamConfig gives {count!r} entries for parameter {name!r}; expected a "
-                "positive integer for a parameter name."
-            )
-    return dict(counts)
-
-
-def format_of(selection: Mapping[str, Any]) -> int:
-    """The format of the file that a config's `selection` describes: checked."""
-    found = selection.get("format", 1)
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        raise ValueError(f"the field `selection` of a SamConfig has format {found!r}; expected 1 to {FORMAT}.")
-    if found > FORMAT:
-        raise ValueError(
-            f"this adapter has file format {found}, and this peft_sam knows 1 to {FORMAT}: upgrade it (pip install -U "
-            "peft-sam)."
-        )
-    return found
-
-
-def fingerprints_of(selection: Mapping[str, Any]) -> dict[str, str]:
-    """The fingerprints in a config's `selection`: checked."""
-    found = selection.get("base", {})
-    if not isinstance(found, Mapping) or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise ValueError(
-            "the field `selection` of a SamConfig must hold under 'base' a map from parameter name to text; got "
-            f"{str(found)[:200]!r}."
-        )
-    return dict(found)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{field_name} is no regular expression ({error}): {shown(value)}.") from None

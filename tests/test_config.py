@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftType
 import peft_sam
 from peft_sam import SamConfig, SamModel
 from peft_sam._peft import SAM_SPARSE
-from peft_sam.config import FORMAT
+from peft_sam.recorded import FORMAT
 
 
 def test_the_type_is_a_real_member_of_peft_s_enum() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,10 @@ def enter_cards(complete_card: Callable[[Any, str, Path], None]) -> None:
         _write_plain_card(self, output_dir)
         names = [name for name, config in self.peft_config.items() if is_sparse(config)]
         if names:
-            complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
+            try:
+                complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
+            except Exception as error:  # PEFT writes the card before the adapter, which must not be lost for it
+                warnings.warn(f"the model card says nothing of the sparse adapter: {error!r}", stacklevel=2)
 
     def _upload_modified_files(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
         if any(is_sparse(config) for config in self.peft_config.values()):

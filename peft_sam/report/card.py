@@ -20,6 +20,9 @@ from peft_sam.selection import Selection
 HEADING = "## SAM sparse adapter"
 PICTURE = "selection.png"
 SHOWN = 12
+LONGEST = 200
+# what could end a cell or a piece of code
+UNSAFE = str.maketrans(dict.fromkeys("`|<>", "?"))
 
 
 def complete_card(model: nn.Module, adapter_name: str, folder: Path) -> None:
@@ -47,11 +50,11 @@ def section(config: SamConfig, places: str) -> str:
     """The section: what the adapter is, how it was selected, where its entries lie, how to load it."""
     chosen = config.selection or {}
     rows = {
-        "base model": f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "not recorded",
+        "base model": code(config.base_model_name_or_path) if config.base_model_name_or_path else "not recorded",
         "trained entries": _of(chosen.get("k"), chosen.get("m")),
         "density": f"{chosen.get('density', config.density):g}",
-        "score": f"`{chosen.get('score', config.score)}`",
-        "budget": f"`{chosen.get('budget', config.budget)}`",
+        "score": code(chosen.get("score", config.score)),
+        "budget": code(chosen.get("budget", config.budget)),
         "selected from": _pass(chosen),
         "threshold": f"{chosen['threshold']:.4g}" if "threshold" in chosen else "not recorded",
     }
@@ -94,7 +97,7 @@ def where(selection: Selection, picture: bool) -> str:
     for kind, pairs in of_kind.items():
         touched = sum(selected > 0 for selected, _ in pairs)
         k, m = sum(selected for selected, _ in pairs), sum(candidates for _, candidates in pairs)
-        rows.append((k, m, f"`{kind}`", f"{touched} of {len(pairs)}"))
+        rows.append((k, m, code(kind), f"{touched} of {len(pairs)}"))
     rows.sort(reverse=True)
     if rest := rows[SHOWN:]:
         others = (sum(row[0] for row in rest), sum(row[1] for row in rest), f"{len(rest)} more", "")
@@ -109,12 +112,13 @@ def picture_beside(selection: Selection, folder: Path) -> bool:
     """Write the picture into `folder`; whether there is one."""
     try:
         picture = _png(tuple(counts_of(selection).items()), title_of(selection))
+        (folder / PICTURE).write_bytes(picture)
     except ImportError:
         return False
-    except Exception as error:  # training goes on, and the adapter is saved, whatever a drawing library does
+    except Exception as error:  # training goes on, and the adapter is saved, whatever a library or a disk does
+        (folder / PICTURE).unlink(missing_ok=True)
         warnings.warn(f"no picture of the selection in the model card: {error!r}", stacklevel=2)
         return False
-    (folder / PICTURE).write_bytes(picture)
     return True
 
 
@@ -125,15 +129,21 @@ def _png(counts: tuple[tuple[tuple[str, str], tuple[int, int]], ...], title: str
     return file.getvalue()
 
 
+def code(text: Any) -> str:
+    """A name, which may be a stranger's, as code in one cell of a table: on one line, with nothing that ends it."""
+    line = " ".join(str(text)[:LONGEST].split())
+    return f"`{''.join(c for c in line if c.isprintable()).translate(UNSAFE)}`" if line else "no name"
+
+
 def _of(k: int | None, m: int | None) -> str:
     if k is None:
         return "not recorded"
     return f"{k:,}" if m is None else f"{k:,} of {m:,} candidate entries"
 
 
-def _pass(chosen: dict[str, object]) -> str:
+def _pass(chosen: dict[str, Any]) -> str:
     if chosen.get("batches"):
         steps = chosen.get("head_warmup_steps")
         warm = f", after {steps:,} steps of training the head alone" if steps else ""
-        return f"{chosen['samples']:,.0f} samples in {chosen['batches']:,} batches{warm}"
+        return f"{chosen.get('samples') or 0:,.0f} samples in {chosen['batches']:,} batches{warm}"
     return "no data" if "batches" in chosen else "not recorded"

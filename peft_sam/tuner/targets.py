@@ -29,7 +29,12 @@ def is_target(config: SamConfig, path: str) -> Any:
     parts = path.split(".")
     if "modules_to_save" in parts or parts[-1] == "base_layer":
         return False
-    return check_target_module_exists(config, base_name(path))
+    name = base_name(path)
+    # PEFT trains densely whatever ends in one of these names: "classifier" takes DistilBERT's pre_classifier, too
+    dense = tuple(config.modules_to_save or ())
+    if any(".".join(name.split(".")[:end]).endswith(dense) for end in range(1, name.count(".") + 2)):
+        return False
+    return check_target_module_exists(config, name)
 
 
 def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:

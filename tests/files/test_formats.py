@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_sam.config import FORMAT
 from peft_sam.layers.found import deltas_of
+from peft_sam.recorded import FORMAT
 from tests.shared.versions import takes_adapters
 
 FILES = Path(__file__).parent / "saved"

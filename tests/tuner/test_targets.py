@@ -8,9 +8,10 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.tuner.candidates import candidates_of
+from peft_sam.tuner.candidates import candidates_of, trained_besides
 from tests.shared.cases import NETS, NetCase, bert, gpt2, names, t5
 
 
@@ -48,6 +49,18 @@ def test_all_leaves_the_modules_to_save_alone() -> None:
     found = candidates(bert(), target_modules="all", task_type="SEQ_CLS")
     assert not any("classifier" in name for name in found)
     assert "bert.embeddings.word_embeddings.weight" in found
+
+
+@pytest.mark.parametrize("shorthand", [None, "all-linear", "all", ["pre_classifier", "q_lin"]])
+def test_what_peft_takes_for_the_head_by_the_end_of_its_name_is_trained_densely_alone(shorthand: Any) -> None:
+    base = DistilBertForSequenceClassification(
+        DistilBertConfig(vocab_size=50, dim=16, hidden_dim=24, n_layers=1, n_heads=2)
+    )
+    model = get_peft_model(base, SamConfig(task_type="SEQ_CLS", target_modules=shorthand))
+    found = set(candidates_of(model, "default"))
+    assert "distilbert.transformer.layer.0.attention.q_lin.weight" in found
+    assert not any("classifier" in name for name in found)
+    assert {name for name, _ in trained_besides(model).items() if "pre_classifier" in name}
 
 
 @pytest.mark.parametrize("shorthand", [None, "all-linear", "all"])
