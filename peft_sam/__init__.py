@@ -17,7 +17,7 @@ from peft_sam import _peft
 from peft_sam.choosing.choose import choose
 from peft_sam.choosing.gradients import GradientStatistics, Loss, accumulate
 from peft_sam.config import SamConfig
-from peft_sam.export import ExportReport, export_adapter
+from peft_sam.export import ExportReport, WeightPatch, WeightReceiver, WeightStream, export_adapter
 from peft_sam.files.fingerprint import OtherBaseWarning
 from peft_sam.layers.base import SamLayer
 from peft_sam.report.card import complete_card
@@ -41,6 +41,9 @@ __all__ = [
     "Selection",
     "SelectionReport",
     "SparseDelta",
+    "WeightPatch",
+    "WeightReceiver",
+    "WeightStream",
     "accumulate",
     "choose",
     "export_adapter",
