@@ -53,7 +53,7 @@ class Deltas(nn.Module):
 def delta_for(parameter: Tensor, indices: Tensor, old: SparseDelta | None, trainable: bool) -> SparseDelta:
     """A delta of zeros on a support in `parameter`: `old` with its tensors, where they have the size, or a new one.
 
-    An optimizer that holds the old one's values goes on then.
+    An optimizer that holds the old one's values goes on then, also if these were none: they grow.
     """
     if old is not None and old.can_hold(indices):
         old.hold(indices)
@@ -65,8 +65,33 @@ def delta_for(parameter: Tensor, indices: Tensor, old: SparseDelta | None, train
     values = torch.zeros(len(indices), dtype=dtype, device=device)
     delta = SparseDelta(parameter.shape, indices.to(device, torch.int64, copy=True), values)
     delta.values.requires_grad_(trainable if old is None else old.values.requires_grad)
+    if old is not None and can_grow(old.values):
+        old.values.data = delta.values.data
+        delta.values = old.values
     keep_equal(delta.values, parameter)
     return delta
+
+
+def can_grow(values: nn.Parameter) -> bool:
+    """Whether the values of a pending delta can become those of its support and stay the same `nn.Parameter`."""
+    plain = type(values) is nn.Parameter and not values.is_meta and not values.is_inference()
+    return plain and len(values) == 0
+
+
+def is_held(values: nn.Parameter) -> bool:
+    """Whether somebody waits for a gradient of no entries from a pending delta: DistributedDataParallel does."""
+    if not values.requires_grad or not can_grow(values):
+        return False
+    none = values.data
+    try:
+        values.data = none.new_zeros(1)
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.autograd.grad(values.sum(), values)
+    except RuntimeError:
+        return True
+    finally:
+        values.data = none
+    return False
 
 
 @torch.no_grad()

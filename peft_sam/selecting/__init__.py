@@ -4,5 +4,6 @@ Imports: scores, selection, config, choosing, layers, tuner.
 Imported by nobody but the package itself.
 
 * `select`: `select_parameters`; `batches`: where the batches and their losses come from; `passes`: the passes that one
-  selection needs, within a memory budget; `twin`: a sharded copy for the time of a pass.
+  selection needs, within a memory budget; `twin`: a sharded copy for the time of a pass; `taken`: what was prepared
+  before and would not train what is selected.
 """

@@ -19,6 +19,7 @@ from peft_sam.layers.base import selecting
 from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.passes import select_by_data
+from peft_sam.selecting.taken import check_not_taken
 from peft_sam.selecting.twin import sharded_twin
 from peft_sam.selection import Selection
 from peft_sam.tuner.candidates import apply_selection, candidates_of, trained_besides
@@ -74,9 +75,13 @@ def select_parameters(
     Returns:
         The selection, which prints as a short table and can be saved.
 
+    An optimizer that was made before trains the selected entries as one that is made after.
+
     Raises:
-        ValueError: if there is no pending SAM adapter, nothing to select by, a batch has no loss, or a head is to be
-            warmed up and there is none. The model is as before, also after an interruption.
+        ValueError: if there is no pending SAM adapter, nothing to select by, a batch has no loss, a head is to be
+            warmed up and there is none, or something was prepared before that would not train the selected entries
+            (DistributedDataParallel, DeepSpeed, FSDP2's optimizer, an optimizer without the adapter's values). The
+            model is as before, also after an interruption.
         FloatingPointError: if a loss or gradient is NaN or infinite.
     """
     trainer = source if isinstance(source, Trainer) else None
@@ -93,6 +98,7 @@ def select_parameters(
         raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
+    check_not_taken(model, adapted, adapter_name, trainer, accelerator)
     head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
     by_data = selection is None and config.needs_data
     with restoring(head.values(), only_on_error=True):

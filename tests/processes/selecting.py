@@ -139,7 +139,7 @@ def collectives(batches: int) -> int:
         for name, function in kept.items():
             setattr(dist, name, counted(function))
         accelerator = Accelerator(cpu=True)
-        model = accelerator.prepare(classifier())  # DistributedDataParallel, which reduces each batch if one lets it
+        model = classifier()
         each = [together(sentences(3))] * batches
         select_parameters(model, each, accelerator=accelerator, progress=False)
     finally:
