@@ -26,6 +26,7 @@ from peft_sam.selecting.select import choose_for, select_parameters
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.hotswap import register_swap
+from peft_sam.tuner.merged import merged
 from peft_sam.tuner.model import SamModel
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "accumulate",
     "choose",
     "export_adapter",
+    "merged",
     "select_parameters",
     "selection_report",
 ]

@@ -21,6 +21,7 @@ from peft_sam.export.low_rank import is_low_rank_target, lora
 from peft_sam.export.parts import Adapter, Part
 from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
 from peft_sam.layers.found import PEFT_PREFIX
+from peft_sam.tuner.merged import merged
 
 DEFAULT_RANK = 16
 SHOWN = 5
@@ -80,13 +81,8 @@ def write_merged(adapter: Adapter, folder: Path) -> None:
             f"format 'merged' writes a model by its save_pretrained, which {type(bare).__name__} does not have. Use "
             "model.merge_and_unload() and save its state_dict."
         )
-    try:
-        adapter.model.base_model.merge_adapter([adapter.name])
+    with merged(adapter.model, [adapter.name]):
         bare.save_pretrained(folder)
-    finally:
-        for layer in adapter.layers:
-            if layer.merged:
-                layer.unmerge()
 
 
 def _stock(make: Callable[..., StockAdapter]) -> Callable[..., Squares]:
