@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peft_sam._peft import BaseTunerLayer, QuantizationBackend, check_adapters_to_merge
 from peft_sam.layers.deltas import Deltas, delta_for, set_to_random
 from peft_sam.layers.merging import Change, check_merge, merge, restore
-from peft_sam.layers.mixed import BASE, by_samples
+from peft_sam.layers.mixed import BASE
 from peft_sam.layers.owned import features, is_plain, own_parameters, stored_parameters
 from peft_sam.layers.substitute import call_with
 from peft_sam.sparse.delta import CodedDelta, PendingAdapterError, SparseDelta
@@ -33,7 +33,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
         in_features, out_features: of the module, or None if it has no such numbers.
-        sample_adapters: the adapter of each sample of the batch, while one has several; else None.
+        sample_adapters: runs this layer while samples have adapters of their own (`mixed`); else None.
     """
 
     adapter_layer_names = ("sam_sparse_delta",)
@@ -48,7 +48,7 @@ class SamLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._merged_changes: list[list[Change]] = []
         self._selecting = False
-        self.sample_adapters: list[str] | None = None
+        self.sample_adapters: Callable[..., Any] | None = None
         # name of a parameter that another layer owns too → that layer and its name there, where the delta lives
         self._tied: dict[str, tuple[SamLayer, str]] = {}
         # those that follow this one: layer, name there, name here
@@ -159,21 +159,20 @@ class SamLayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.sample_adapters is not None:
-            return self._forward_by_samples(self.sample_adapters, *args, **kwargs)
+            return self.sample_adapters(self, args, kwargs)
         changes = {} if self.merged else self._deltas_of(self.active_adapters)
         if not changes:
             return self.base_layer(*args, **kwargs)
         return self._forward_with(changes, *args, **kwargs)
 
-    def _forward_by_samples(self, names: list[str], *args: Any, **kwargs: Any) -> Any:
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise ValueError(f"adapter_names is for modules of one tensor, which {type(self.base_layer)} is not.")
+    def forward_as(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """The output with the deltas of one adapter, active or not; without any for "__base__"."""
+        changes = self._deltas_of([] if adapter_name == BASE else [adapter_name])
+        return self._forward_with(changes, *args, **kwargs) if changes else self.base_layer(*args, **kwargs)
 
-        def run(name: str, x: Tensor) -> Tensor:
-            changes = self._deltas_of([] if name == BASE else [name])
-            return self._forward_with(changes, x) if changes else self.base_layer(x)
-
-        return by_samples(names, args[0], run)
+    def reached_by(self, adapter_name: str) -> bool:
+        """Whether an adapter changes this module."""
+        return adapter_name != BASE and bool(self._deltas_of([adapter_name]))
 
     def _deltas_of(self, adapter_names: Iterable[str]) -> dict[str, list[SparseDelta]]:
         """The deltas of adapters by parameter name, in the order of their names."""

@@ -15,7 +15,7 @@ from peft_sam.files.checkpoint import KEY, check_others, counts_in, read_file, t
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layers
-from peft_sam.layers.mixed import adapters_by_sample, check_samples
+from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.arithmetic import Combined, check_combination, combine_heads
@@ -88,7 +88,7 @@ class SamModel(BaseTuner):
             yield
             return
         check_samples(names, self.peft_config, self.training)
-        with adapters_by_sample(self.model, sam_layers(self.model).values(), names):
+        with adapters_by_sample(sam_layers(self.model), Samples(self.model, names, args, kwargs)):
             yield
 
     # Arithmetic

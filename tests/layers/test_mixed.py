@@ -9,9 +9,18 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    DebertaConfig,
+    DebertaModel,
+    ViTConfig,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from peft_sam import SamConfig
-from tests.shared.cases import VOCABULARY, bert, gpt2
+from tests.shared.cases import VOCABULARY, bert, gpt2, llama, mixtral, t5, vit
 
 NAMES = ["first", "__base__", "second", "first", "second"]
 
@@ -69,7 +78,7 @@ def test_generation_is_that_of_each_sample_alone(beams: int) -> None:
         (["first", "other"], lambda m: None, r"adapter_names has \['other'\]; the adapters are \['first', 'second'\]"),
         (["first", "first"], lambda m: m.train(), "call model.eval"),
         (["first", "first"], lambda m: m.merge_adapter(["second"]), "needs unmerged adapters"),
-        (["first"] * 3, lambda m: None, "3 names for a module's batch of 2 samples"),
+        (["first"] * 3, lambda m: None, "3 names for a batch of 2 samples"),
     ],
 )
 def test_names_that_do_not_fit_are_refused_and_leave_nothing_behind(names: Any, before: Any, message: str) -> None:
@@ -95,5 +104,132 @@ def test_a_module_that_is_called_with_more_than_one_tensor_is_refused() -> None:
             return self.bilinear(x, x)
 
     model = adapted(Two(), target_modules=["bilinear"], density=0.5)
-    with pytest.raises(ValueError, match=r"for modules of one tensor, which .*Bilinear"):
+    with pytest.raises(ValueError, match=r"for modules of one tensor, which 'bilinear' .Bilinear. is not"):
         model(x=torch.randn(2, 3), adapter_names=["first", "second"])
+
+
+def one_by_one(model: Any, inputs: dict[str, Tensor], names: list[str]) -> Tensor:
+    alone = {}
+    for name in set(names):
+        model.set_adapter(name)
+        alone[name] = model(**inputs)[0]
+    return torch.stack([alone[name][i] for i, name in enumerate(names)])
+
+
+def of_a_bart() -> Any:
+    return BartForConditionalGeneration(
+        BartConfig(
+            vocab_size=VOCABULARY, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+            decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32,
+        )
+    )  # fmt: skip
+
+
+def of_a_deberta() -> Any:
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_position_embeddings": 32}
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return DebertaModel(DebertaConfig(vocab_size=VOCABULARY, **shape, **options))
+
+
+def of_an_xlnet() -> Any:
+    return XLNetModel(XLNetConfig(vocab_size=VOCABULARY, d_model=16, n_layer=1, n_head=2, d_inner=24))
+
+
+def of_routed_experts() -> Any:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 8)
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            y, to = torch.zeros_like(x), input_ids % 2
+            for i, expert in enumerate(self.experts):
+                y[to == i] = expert(x[to == i])
+            return y[None]
+
+    return Routed()
+
+
+ALL = {"target_modules": "all"}
+# model, options, batch, length: batches as large as the sequences are long, dividing that, and not
+RIGHT = [
+    (bert, ALL, 4, 7),
+    (bert, ALL, 4, 4),
+    (bert, ALL, 4, 8),
+    (gpt2, ALL, 3, 3),
+    (gpt2, {"task_type": "CAUSAL_LM"}, 2, 6),
+    (llama, ALL, 4, 4),
+    (mixtral, {}, 2, 2),
+    (t5, {}, 4, 4),
+    (t5, {**ALL, "exclude_modules": ["relative_attention_bias"]}, 4, 12),
+    (of_a_bart, {}, 3, 3),
+    (vit, {}, 3, 8),
+    (vit, {}, 5, 8),
+]
+REFUSED = [
+    (t5, ALL, 4, 4, "relative_attention_bias"),
+    (t5, ALL, 4, 12, "relative_attention_bias"),
+    (t5, ALL, 4, 7, "relative_attention_bias"),
+    (t5, ALL, 4, 1, "relative_attention_bias"),
+    (of_a_deberta, {}, 4, 6, "pos_proj"),
+    (of_an_xlnet, {}, 4, 4, "layer"),
+    (of_an_xlnet, {}, 4, 8, "layer"),
+    (of_an_xlnet, ALL, 4, 7, "word_embedding"),
+    (of_routed_experts, {"target_modules": ["0", "1"]}, 4, 6, "experts"),
+]
+
+
+def inputs_for(model: Any, batch: int, length: int) -> dict[str, Tensor]:
+    config = getattr(model.get_base_model(), "config", None)
+    if isinstance(config, ViTConfig):
+        return {"pixel_values": torch.randn(batch, 3, 8, 8)}
+    ids = torch.randint(3, VOCABULARY, (batch, length))
+    decoder = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids, **decoder}
+
+
+def case(row: Any) -> str:
+    return row.__name__ if callable(row) else str(row)
+
+
+@pytest.mark.parametrize(("make", "options", "batch", "length"), RIGHT, ids=case)
+@torch.no_grad()
+def test_the_batch_is_told_from_the_sequences(make: Any, options: Any, batch: int, length: int) -> None:
+    model = adapted(make(), density=0.5, **options)
+    names = ["first", "second", "second", "first", "second"][:batch]
+    inputs = inputs_for(model, batch, length)
+    expected = one_by_one(model, inputs, names)
+    torch.testing.assert_close(model(**inputs, adapter_names=names)[0], expected)
+    same = one_by_one(model, inputs, ["second"] * batch)
+    assert torch.equal(model(**inputs, adapter_names=["second"] * batch)[0], same)
+
+
+@pytest.mark.parametrize(("make", "options", "batch", "length", "where"), REFUSED, ids=case)
+@torch.no_grad()
+def test_a_module_that_is_not_called_with_the_batch_is_refused(
+    make: Any, options: Any, batch: int, length: int, where: str
+) -> None:
+    model = adapted(make(), density=0.5, **options)
+    inputs = inputs_for(model, batch, length)
+    with pytest.raises(ValueError, match=f"adapter_names needs the batch, 4 samples, .*'[^']*{where}[^']*'"):
+        model(**inputs, adapter_names=["first", "second", "second", "first"])
+    same = one_by_one(model, inputs, ["second"] * batch)
+    assert torch.equal(model(**inputs, adapter_names=["second"] * batch)[0], same)
+
+
+@pytest.mark.parametrize("length", [2, 4, 5])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_an_encoder_and_its_decoder_generate_what_each_sample_gets_alone(beams: int, length: int) -> None:
+    model = adapted(t5(), task_type="SEQ_2_SEQ_LM", density=0.5)
+    ids, names = torch.randint(3, VOCABULARY, (2, length)), ["second", "first"]
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "eos_token_id": None, "pad_token_id": 0}
+    expected = []
+    for row, name in zip(ids, names, strict=True):
+        model.set_adapter(name)
+        expected.append(model.generate(input_ids=row[None], **options)[0])
+    assert torch.equal(model.generate(input_ids=ids, adapter_names=names, **options), torch.stack(expected))
+    everywhere = adapted(t5(), task_type="SEQ_2_SEQ_LM", target_modules="all", density=0.5)
+    with pytest.raises(ValueError, match="relative_attention_bias"):
+        everywhere.generate(input_ids=ids, adapter_names=names, **options)
