@@ -60,7 +60,7 @@ def merge(base: nn.Module, deltas: Mapping[str, SparseDelta], backend: Quantizat
     for name, delta in deltas.items():
         weight, indices = _weight(base, name, backend), delta.checked_indices()
         entries = weight.take(indices)
-        weight.put_(indices, changed(entries, delta.values))
+        _put(weight, indices, changed(entries, delta.values))
         if weight is stored_parameter(base, name):
             changes.append(Change(name, indices, entries))
         else:
@@ -85,4 +85,12 @@ def restore(base: nn.Module, changes: list[Change]) -> None:
             put_back(base, original)
         else:
             parameter = stored_parameter(base, name)
-            parameter.put_(indices.to(parameter.device), original.to(parameter.device, parameter.dtype))
+            _put(parameter, indices.to(parameter.device), original.to(parameter.device, parameter.dtype))
+
+
+def _put(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """Write entries at flat positions; Tensor.put_ refuses to under `torch.use_deterministic_algorithms(True)`."""
+    if parameter.is_contiguous():
+        parameter.view(-1).index_copy_(0, indices, entries)
+    else:
+        parameter[torch.unravel_index(indices, parameter.shape)] = entries

@@ -177,8 +177,11 @@ def _composed(
 
 
 def _add(entries: Tensor, place: Tensor, values: Tensor) -> None:
-    """Add Δ to a copy of a flat parameter, with the bits of `changed`."""
-    if values.dtype == entries.dtype:
+    """Add Δ to a copy of a flat parameter, with the bits of `changed`.
+
+    A GPU adds by atomic operations, which take subnormal numbers for zeros: not there.
+    """
+    if values.dtype == entries.dtype and entries.device.type == "cpu":
         entries.index_add_(0, place, values)
     else:
         entries.index_copy_(0, place, changed(entries.index_select(0, place), values))

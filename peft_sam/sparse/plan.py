@@ -4,20 +4,19 @@ Supports chosen by gradients are clustered: a few columns (inputs with outlying 
 others a few each. So the touched columns are split in two blocks, each with the rows that it needs, such that the
 area of the blocks, and with it the work of a product, is smallest; one block where splitting gains nothing. Where a
 support is scattered over the whole weight, the entries of the gradient are sampled one by one, or read from dense
-products of a few rows of the weight at a time.
-
-The constants of the cost model are in multiplications of a dense product (two CPU cores, AVX-512, float32).
+products of a few rows of the weight at a time. What is cheapest is said by the `Costs` of the device.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from peft_sam.sparse.costs import Costs, costs_of
 from peft_sam.sparse.delta import SparseDelta
 
 # More than this share of the rows or columns counts as all of them: gathering most of a matrix saves nothing.
@@ -26,28 +25,11 @@ MOST = 0.5
 # A block so many times taller than wide is multiplied as its transpose, which keeps the long side contiguous.
 TALL = 2
 
-# A gathered, scattered or transposed row or column, per token.
-GATHER = 64
-
-# A second block, per token: its calls, spread over some tokens.
-SECOND_BLOCK = 4096
-
-# A sampled entry of the gradient, per token.
-SAMPLED = 16
-
-# An entry's product gathered and added on its own, per token.
-ENTRY = 160
-
-# A number of W read and written once.
-MOVE = 32
-
-# On the CPU, so few tokens and so large a weight: a copy costs more than products with the entries. (Measured with one
-# token: 0.95 or 1.85 times the bare model by copies, from process to process; 1.18 by entries.)
-FEW_TOKENS = 4
-LARGE = 2**18
-
-# Numbers in a temporary dense copy of a weight, its delta or its gradient: at most so many, or one row.
+# Numbers in a temporary dense copy of a weight, its delta or its gradient: at most so many, or one row or column.
 WORKSPACE = 2**24
+
+# So many numbers fit in an int32.
+INT32 = 2**31
 
 
 class Block(NamedTuple):
@@ -85,6 +67,7 @@ class Plan(NamedTuple):
     form: how the gradient of the values is: "submatrix", "sampled" or "chunked".
     shape: of the weight as it is stored.
     transposed: whether it is stored as (inputs × outputs).
+    costs: of the device.
     row, column: of each entry in W (int32).
     chunks: parts of the stored weight that fit the workspace.
     columns: the touched columns of W, sorted, but those of the first block first; None for all of them.
@@ -99,6 +82,7 @@ class Plan(NamedTuple):
     form: str
     shape: torch.Size
     transposed: bool
+    costs: Costs
     row: Tensor
     column: Tensor
     chunks: tuple[Chunk, ...]
@@ -135,21 +119,28 @@ def make_plan(delta: SparseDelta, transposed: bool) -> Plan:
     first, second = indices // shape[1], indices % shape[1]
     row, column = (second, first) if transposed else (first, second)
     height, width = reversed(shape) if transposed else shape
-    on_cpu = indices.device.type == "cpu"
-    starts = _starts(first, shape[0]) if on_cpu else None
-    plan = Plan("chunked", shape, transposed, row.int(), column.int(), _chunks(first, shape), starts=starts)
-    columns, blocks, order = _blocks(row, column, height, width)
+    on_cpu, costs = indices.device.type == "cpu", costs_of(indices.device)
+    starts = _starts(first, shape[0]) if on_cpu and len(indices) <= INT32 else None
+    row_of, column_of = _narrow(row, height), _narrow(column, width)
+    plan = Plan("chunked", shape, transposed, costs, row_of, column_of, _chunks(first, shape), starts=starts)
+    columns, blocks, order = _blocks(row, column, height, width, costs)
     area = sum(block.height * (block.stop - block.start) for block in blocks)
     gathered = 0 if columns is None else len(columns)
     gathered += sum(0 if block.rows is None else block.height for block in blocks)
-    costs = {"submatrix": area + GATHER * gathered, "chunked": shape.numel()}
-    if on_cpu:
-        costs["sampled"] = SAMPLED * len(indices) + GATHER * sum(shape)
-    cheapest = min(costs, key=lambda form: costs[form])
+    forms = {"submatrix": area + costs.gather * gathered} if blocks else {}
+    forms["chunked"] = shape.numel()
+    if starts is not None and costs.sampled is not None:
+        forms["sampled"] = costs.sampled * len(indices) + costs.gather * sum(shape)
+    cheapest = min(forms, key=lambda form: forms[form])
     if cheapest == "submatrix":
         touched = blocks[-1].stop + sum(block.height for block in blocks)
         return plan._replace(form="submatrix", columns=columns, blocks=blocks, order=order, area=area, touched=touched)
     return plan._replace(form=cheapest)
+
+
+def _narrow(positions: Tensor, below: int) -> Tensor:
+    """Positions below a number in half the memory, where they fit."""
+    return positions.int() if below <= INT32 else positions
 
 
 def _starts(first: Tensor, rows: int) -> Tensor:
@@ -162,23 +153,24 @@ def _starts(first: Tensor, rows: int) -> Tensor:
 def way_to_multiply(plans: Sequence[Plan], tokens: int, weight: Tensor | None) -> str:
     """The cheapest way to multiply so many tokens with W + Σ Δ, or with Σ Δ if there is no W to be read.
 
-    "compose": with W + Σ Δ in a temporary copy. On the CPU this is the fastest for many tokens, and for few where W
-    is small: the copy brings W into the cache, where the product wants it.
+    "compose": with W + Σ Δ in a temporary copy.
     "entries": with W, and the products with the entries of each Δ are added one by one.
     "blocks": with W, and the products with the blocks of each Δ are added.
+
+    Entries in one row are added in an order that varies on a GPU, from call to call, unless
+    `torch.use_deterministic_algorithms(True)` asks for one; the other two ways always add in the same order.
     """
-    if weight is not None and weight.device.type == "cpu":
-        return "entries" if tokens <= FEW_TOKENS and weight.numel() >= LARGE else "compose"
-    entries = ENTRY * tokens * sum(len(plan.row) for plan in plans)
-    compose = MOVE * plans[0].shape.numel()
-    if weight is not None:
-        return "entries" if entries < compose else "compose"
-    compose += tokens * plans[0].shape.numel()
-    blocks = sum(tokens * (plan.area + MOVE * plan.touched) + MOVE * plan.area for plan in plans)
-    costs = {"compose": compose, "entries": entries}
+    costs, numel = plans[0].costs, plans[0].shape.numel()
+    if weight is not None and costs.few_tokens is not None:
+        return "entries" if tokens <= costs.few_tokens and weight.numel() >= costs.large else "compose"
+    ways = {
+        "compose": costs.move * numel + (tokens * numel if weight is None else 0),
+        "entries": costs.entry * tokens * sum(len(plan.row) for plan in plans),
+    }
     if all(plan.blocks for plan in plans):
-        costs["blocks"] = blocks
-    return min(costs, key=lambda way: costs[way])
+        moved = sum(plan.area + tokens * plan.touched for plan in plans)
+        ways["blocks"] = tokens * sum(plan.area for plan in plans) + costs.move * moved
+    return min(ways, key=lambda way: ways[way])
 
 
 def _chunks(first: Tensor, shape: torch.Size) -> tuple[Chunk, ...]:
@@ -192,24 +184,44 @@ def _chunks(first: Tensor, shape: torch.Size) -> tuple[Chunk, ...]:
 
 
 def _blocks(
-    row: Tensor, column: Tensor, height: int, width: int
+    row: Tensor, column: Tensor, height: int, width: int, costs: Costs
 ) -> tuple[Tensor | None, tuple[Block, ...], Tensor | None]:
-    """Columns, blocks and order of the submatrix form for entries at (row, column) of a (height × width) matrix."""
+    """Columns, blocks and order of the submatrix form for entries at (row, column) of a (height × width) matrix.
+
+    No blocks if they would be the whole of a matrix that the workspace does not hold.
+    """
     columns, position, counts = torch.unique(column, return_inverse=True, return_counts=True)
     everywhere = torch.ones_like(row, dtype=torch.bool)
     if len(columns) > MOST * width:
+        if height * width > WORKSPACE:
+            return None, (), None
         return None, (_block(row, column, height, 0, width, everywhere),), None
     order = counts.argsort(descending=True, stable=True)
-    heavy = _best_split(row, _ranks(order)[position], height, len(order))
+    heavy = _best_split(row, _ranks(order)[position], height, len(order), costs)
     # sorted within the blocks: gathering runs three times as fast in the order of memory
     order = torch.cat([order[:heavy].sort().values, order[heavy:].sort().values])
     rank = _ranks(order)[position]
     parts = [(0, heavy, rank < heavy), (heavy, len(order), rank >= heavy)]
-    blocks = tuple(_block(row, rank, height, *part) for part in parts if part[0] < part[1])
+    pieces = [piece for part in parts if part[0] < part[1] for piece in _pieces(row, rank, height, *part)]
+    blocks = tuple(block for block, _ in pieces)
     sorting = None
     if len(blocks) > 1:
-        sorting = torch.cat([inside.nonzero().flatten() for _, _, inside in parts]).argsort().int()
-    return columns[order].int(), blocks, sorting
+        sorting = _narrow(torch.cat([inside.nonzero().flatten() for _, inside in pieces]).argsort(), len(row))
+    return _narrow(columns[order], width), blocks, sorting
+
+
+def _pieces(
+    row: Tensor, column: Tensor, height: int, start: int, stop: int, inside: Tensor
+) -> Iterator[tuple[Block, Tensor]]:
+    """A block and which entries lie in it; if the workspace does not hold it, blocks of some of its columns each."""
+    block = _block(row, column, height, start, stop, inside)
+    if block.height * (stop - start) <= WORKSPACE or stop - start == 1:
+        yield block, inside
+        return
+    width = max(1, WORKSPACE // block.height)
+    for first in range(start, stop, width):
+        last = min(first + width, stop)
+        yield from _pieces(row, column, height, first, last, inside & (column >= first) & (column < last))
 
 
 def _ranks(order: Tensor) -> Tensor:
@@ -228,11 +240,12 @@ def _block(row: Tensor, column: Tensor, height: int, start: int, stop: int, insi
     block_height, block_width = height if rows is None else len(rows), stop - start
     tall = block_height > TALL * block_width
     local = (column - start) * block_height + row_of if tall else row_of * block_width + column - start
-    entries = None if bool(inside.all()) else inside.nonzero().flatten().int()
-    return Block(None if rows is None else rows.int(), block_height, start, stop, entries, local.int(), tall)
+    entries = None if bool(inside.all()) else _narrow(inside.nonzero().flatten(), len(inside))
+    rows = None if rows is None else _narrow(rows, height)
+    return Block(rows, block_height, start, stop, entries, _narrow(local, block_height * block_width), tall)
 
 
-def _best_split(row: Tensor, rank: Tensor, height: int, width: int) -> int:
+def _best_split(row: Tensor, rank: Tensor, height: int, width: int, costs: Costs) -> int:
     """How many of the columns, heaviest first, to put in a first block of their own; 0 for one block."""
     lowest = torch.full((height,), width, device=row.device).scatter_reduce(0, row, rank, "amin")
     highest = torch.full((height,), -1, device=row.device).scatter_reduce(0, row, rank, "amax")
@@ -240,11 +253,11 @@ def _best_split(row: Tensor, rank: Tensor, height: int, width: int) -> int:
 
     def cost(rows: Tensor, columns: Tensor) -> Tensor:
         most = rows > MOST * height
-        return torch.where(most, height * columns, rows * (columns + GATHER)) * (columns > 0)
+        return torch.where(most, height * columns, rows * (columns + costs.gather)) * (columns > 0)
 
     in_first = torch.bincount(lowest, minlength=width + 1)[:width].cumsum(0)
     in_first = torch.cat([in_first.new_zeros(1), in_first])
     below = torch.bincount(highest + 1, minlength=width + 1).cumsum(0)
     work = cost(in_first, split) + cost(height - below[: width + 1], width - split)
     best = int(work.argmin())
-    return best if work[best] + SECOND_BLOCK < work[0] else 0
+    return best if work[best] + costs.second_block < work[0] else 0

@@ -40,9 +40,13 @@ def add_sparse(y: Tensor, x: Tensor, plan: Plan, values: Tensor) -> None:
 
 
 def add_entries(y: Tensor, x: Tensor, row: Tensor, column: Tensor, values: Tensor) -> None:
-    """Add x Δᵀ to y for a Δ with `values` at (row, column)."""
-    # index_add_ is slow with int32
-    y.index_add_(1, row.long(), x.index_select(1, column) * values.to(x.dtype))
+    """Add x Δᵀ to y for a Δ with `values` at (row, column); the sum is in the dtype of the wider of both."""
+    found = x.index_select(1, column) * values
+    # half precision would round after each entry of a row
+    sums = y if found.dtype == y.dtype else found.new_zeros(y.shape)
+    sums.index_add_(1, row.long(), found)  # slow with int32
+    if sums is not y:
+        y.add_(sums)
 
 
 def add_blocks(y: Tensor, plan: Plan, kept: Tensor, values: Tensor) -> None:

@@ -124,6 +124,23 @@ def test_merge_then_unmerge_restores_the_bits(case: ModuleCase, dtype: torch.dty
     assert_same_bits(before, base_bits(model))
 
 
+def test_merging_writes_the_same_bits_under_deterministic_algorithms_and_in_any_memory_format() -> None:
+    base = nn.Sequential(nn.Conv2d(4, 6, 3)).to(memory_format=torch.channels_last)
+    untouched = copy.deepcopy(base)
+    config = SamConfig(target_modules="all", density=0.3, score="random", init_weights=False)
+    model: Any = get_peft_model(base, config)
+    before, expected = base_bits(model), adapted_copy(untouched, model.base_model.sparse_deltas())
+    torch.use_deterministic_algorithms(True)
+    try:
+        model.merge_adapter()
+        merged = {name.replace(".base_layer", ""): p.clone() for name, p in base_bits(model).items()}
+        model.unmerge_adapter()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_bits(merged, {f"base_model.model.{name}": p for name, p in expected.named_parameters()})
+    assert_same_bits(before, base_bits(model))
+
+
 @pytest.mark.parametrize("case", MODULES, ids=names)
 def test_merged_and_unmerged_forward_agree(case: ModuleCase) -> None:
     model, _ = adapt(case)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_sam.sparse import ops, plan, products
+from peft_sam.sparse.costs import CPU, CUDA
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.ops import compose, sparse_linear
 from peft_sam.sparse.plan import Plan, make_plan, plan_linear, way_to_multiply
@@ -25,14 +26,16 @@ def make_delta(shape: tuple[int, int], positions: list[int], dtype: torch.dtype 
 
 def in_form(delta: SparseDelta, transposed: bool, form: str) -> Plan:
     """The plan of `delta` when one form costs nothing and the others all there is."""
-    free = {"submatrix": {"GATHER": 0, "SAMPLED": 10**9}, "sampled": {"GATHER": 0, "SAMPLED": 0}, "chunked": {}}
+    priced = {
+        "submatrix": CPU._replace(gather=0, sampled=10**9),
+        "sampled": CPU._replace(gather=0, sampled=0),
+        "chunked": CPU._replace(gather=10**9),
+    }
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in free[form].items():
-            patch.setattr(plan, name, value)
-        if form == "chunked":
-            patch.setattr(plan, "GATHER", 10**9)
+        patch.setattr(plan, "costs_of", lambda _: priced[form])
         made = make_plan(delta, transposed)
-    if made.form != form:  # a support of the whole matrix costs the same in all forms
+    # a support of the whole matrix costs the same in all forms, and has no blocks where the workspace does not hold it
+    if made.form != form and form != "submatrix":
         rows = torch.arange(delta.shape[0] + 1)
         starts = torch.searchsorted(delta.indices // delta.shape[1], rows).int()
         made = made._replace(form=form, columns=None, blocks=(), order=None, starts=starts)
@@ -205,10 +208,11 @@ def test_the_way_to_multiply_follows_what_can_be_read_and_how_many_tokens_there_
     scattered = [plan_linear(make_delta((256, 256), torch.randperm(256 * 256)[:2000].tolist()), transposed=False)]
     assert way_to_multiply(clustered, 1, torch.zeros(256, 256)) == "compose"
     assert [way_to_multiply(clustered, tokens, torch.zeros(512, 512)) for tokens in (1, 5)] == ["entries", "compose"]
-    elsewhere = torch.zeros(256, 256, device="meta")
-    assert [way_to_multiply(clustered, tokens, elsewhere) for tokens in (1, 10_000)] == ["entries", "compose"]
     assert [way_to_multiply(clustered, tokens, None) for tokens in (1, 10_000)] == ["blocks", "blocks"]
     assert [way_to_multiply(scattered, tokens, None) for tokens in (1, 10_000)] == ["entries", "compose"]
+    there = [[made._replace(costs=CUDA) for made in plans] for plans in (clustered, scattered)]
+    ways = [[way_to_multiply(plans, tokens, torch.zeros(256, 256)) for tokens in (1, 20, 10_000)] for plans in there]
+    assert ways == [["blocks", "blocks", "compose"], ["entries", "compose", "compose"]]
 
 
 def test_no_dense_copy_is_larger_than_the_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,6 +221,24 @@ def test_no_dense_copy_is_larger_than_the_workspace(monkeypatch: pytest.MonkeyPa
     assert [(c.stop - c.start) * 20 for c in chunks] == [60] * 16 + [40]
     assert [(c.low, c.high) for c in chunks if c.low < c.high] == [(0, 2), (2, 3), (3, 4)]
     assert len(make_plan(make_delta((3, 100), [5]), transposed=False).chunks) == 3
+
+
+@pytest.mark.parametrize("shape", [(2**18, 2**16), (2**16, 2**18)])
+def test_places_in_a_weight_of_more_than_2_31_entries_are_found_again(shape: tuple[int, int]) -> None:
+    number = torch.arange(2**17)
+    rows, columns = number * 2 % shape[0], number * 7 % (shape[1] // 2) * 2
+    positions = torch.unique(rows * shape[1] + columns)
+    found = in_form(SparseDelta(torch.Size(shape), positions, torch.zeros(len(positions))), False, "submatrix")
+    assert int(torch.unique(rows).numel()) * int(torch.unique(columns).numel()) > 2**31
+    assert all(block.height * (block.stop - block.start) <= plan.WORKSPACE for block in found.blocks)
+    again = []
+    for block in found.blocks:
+        width, local = block.stop - block.start, block.local.long()
+        row, column = (local % block.height, local // block.height) if block.tall else (local // width, local % width)
+        row = row if block.rows is None else block.rows[row].long()
+        again.append(row * shape[1] + found.columns[block.start :][column].long())
+    order = slice(None) if found.order is None else found.order.long()
+    assert torch.equal(torch.cat(again)[order], positions)
 
 
 def test_nothing_dense_is_kept_for_backward_of_a_scattered_support() -> None:
