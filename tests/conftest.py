@@ -1,12 +1,6 @@
-"""Fixtures and settings for all tests: one seed each, one thread, no hub."""
+"""Fixtures and settings for all tests: one seed each, one thread."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from peft_sam import _peft
 ROOT = Path(__file__).parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
+EXTRAS = {extra: [Requirement(line) for line in of.split()] for extra, of in SETUP["options.extras_require"].items()}
 DECLARED = {r.name: r for r in map(Requirement, SETUP["options"]["install_requires"].split())}
 
 
@@ -36,6 +37,16 @@ def test_the_oldest_versions_that_are_tested_are_the_lower_bounds() -> None:
 def test_the_pinned_and_the_installed_versions_are_in_the_declared_range(name: str) -> None:
     assert pinned("constraints.txt")[name] in DECLARED[name].specifier
     assert version(name).partition("+")[0] in DECLARED[name].specifier
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_what_an_extra_needs_is_pinned_in_its_range(extra: str) -> None:
+    pins = pinned("constraints.txt")
+    assert [str(need) for need in EXTRAS[extra] if need.name not in pins or pins[need.name] not in need.specifier] == []
+
+
+def test_the_test_command_installs_what_builds_the_pages() -> None:
+    assert {str(need) for need in EXTRAS["docs"]} <= {str(need) for need in EXTRAS["test"]}
 
 
 def test_the_error_of_a_moved_name_tells_the_declared_range_of_peft() -> None:
