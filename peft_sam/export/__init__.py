@@ -6,7 +6,7 @@ Imports: config, sparse, layers, tuner.
 Imported by nobody but the package itself.
 
 * `formats`: `export_adapter`; `stock_sparse`, `low_rank`, `checkpoint_patch`: the formats; `parts`: what each needs of
-  an adapter; `base_files`: the base's own checkpoint files.
+  an adapter; `base_files`: the base's own files; `check`: reading back what was written.
 * `stream`: new weights after every step, as the `patch`es that engines take; `receiver`: a plain model that takes them;
   `way_back`: where a model's tensors lie in its checkpoint.
 """

@@ -16,8 +16,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_sam.export.base_files import copy_tokenizer
+from peft_sam.export.check import Check, Squares, check_merged, check_patch, check_stock
 from peft_sam.export.checkpoint_patch import write_patch
-from peft_sam.export.low_rank import is_low_rank_target, lora
+from peft_sam.export.low_rank import is_low_rank_target, like_experts, lora
 from peft_sam.export.parts import Adapter, Part
 from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
 from peft_sam.layers.found import PEFT_PREFIX
@@ -26,8 +28,7 @@ from peft_sam.tuner.merged import merged
 DEFAULT_RANK = 16
 SHOWN = 5
 HALF_OR_SINGLE = "untied weights of nn.Linear layers in float32, bfloat16 or float16"
-# parameter → ‖Δ - what was written‖² and ‖Δ‖²
-Squares = dict[str, tuple[float, float]]
+LINEAR_OR_EMBEDDING = "untied weights and biases of linear layers, and embeddings"
 
 
 @dataclass
@@ -38,6 +39,8 @@ class ExportReport:
         path, format: as given.
         entries: of the adapter.
         size: of all files, bytes.
+        own_size: of the tensors in the adapter's own file, bytes.
+        notes: what else is to be known of the files.
         errors: parameter → ‖Δ - what was written‖ / ‖Δ‖ in the Frobenius norm; empty for an exact format.
         error: the same over all parameters together.
     """
@@ -46,12 +49,18 @@ class ExportReport:
     format: str
     entries: int
     size: int
+    own_size: int
+    notes: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
 
     def __str__(self) -> str:
         how = f"relative error {self.error:.2%}" if self.errors else "exact"
-        lines = [f"{self.entries:,} entries as {self.format!r} in {self.path}: {self.size:,} bytes, {how}"]
+        lines = [
+            f"{self.entries:,} entries as {self.format!r} in {self.path}: {self.size:,} bytes, {how}",
+            f"  {self.size / self.own_size:,.1f} times the {self.own_size:,} bytes of the adapter's own file",
+            *(f"  {note}" for note in self.notes),
+        ]
         worst = sorted(self.errors, key=lambda name: -self.errors[name])
         lines += [f"  {self.errors[name]:7.2%}  {name}" for name in worst[:SHOWN]]
         if len(worst) > SHOWN:
@@ -64,11 +73,13 @@ class Format(NamedTuple):
 
     Attributes:
         write: writes the adapter into an empty folder, and says what was lost, if anything is.
+        check: reads it back by the loader that it is for; a ValueError says what does not come back.
         holds: whether a delta can be written in this way.
         what: what it holds, for an error.
     """
 
     write: Callable[..., Squares | None]
+    check: Check
     holds: Callable[[Part], bool]
     what: str
 
@@ -90,23 +101,41 @@ def _stock(make: Callable[..., StockAdapter]) -> Callable[..., Squares]:
 
     def write(adapter: Adapter, folder: Path, **options: Any) -> Squares:
         stock = make(adapter, **options)
-        stock.config.target_modules = target_names(stock.tensors, adapter.module_names())
-        tensors = {f"{PEFT_PREFIX}{m}.{key}": t for m, below in stock.tensors.items() for key, t in below.items()}
-        tensors |= adapter.saved_besides(stock.tensors)
-        whole = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-        save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        stock.config.save_pretrained(str(folder), auto_mapping_dict=adapter.auto_mapping())
+        names = adapter.module_names()
+        stock.config.target_modules = target_names(stock.tensors, names)
+        _write_stock(adapter, stock, folder)
+        apart = like_experts(stock)
+        if apart and not _loads(adapter, folder, stock.lost):
+            stock.config.target_modules = target_names(stock.tensors.keys() - apart, names)
+            stock.config.target_parameters = [f"{module}.weight" for module in sorted(apart)]
+            _write_stock(adapter, stock, folder)
         return stock.lost
 
     return write
 
 
+def _loads(adapter: Adapter, folder: Path, lost: Squares) -> bool:
+    try:
+        check_stock(adapter, folder, lost)
+    except ValueError:
+        return False
+    return True
+
+
+def _write_stock(adapter: Adapter, stock: StockAdapter, folder: Path) -> None:
+    tensors = {f"{PEFT_PREFIX}{m}.{key}": t for m, below in stock.tensors.items() for key, t in below.items()}
+    tensors |= adapter.saved_besides(stock.tensors)
+    whole = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
+    save_file(whole, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    stock.config.save_pretrained(str(folder), auto_mapping_dict=adapter.auto_mapping())
+
+
 FORMATS = {
-    "supertuning": Format(_stock(supertuning), is_linear_weight, HALF_OR_SINGLE),
-    "shira": Format(_stock(shira), is_linear_weight, HALF_OR_SINGLE),
-    "lora": Format(_stock(lora), is_low_rank_target, "untied weights and biases of linear layers, and embeddings"),
-    "merged": Format(write_merged, lambda part: part.readable, "any parameter in memory"),
-    "checkpoint_patch": Format(write_patch, lambda part: part.readable, "any parameter in memory"),
+    "supertuning": Format(_stock(supertuning), check_stock, is_linear_weight, HALF_OR_SINGLE),
+    "shira": Format(_stock(shira), check_stock, is_linear_weight, HALF_OR_SINGLE),
+    "lora": Format(_stock(lora), check_stock, is_low_rank_target, LINEAR_OR_EMBEDDING),
+    "merged": Format(write_merged, check_merged, lambda part: part.readable, "any parameter in memory"),
+    "checkpoint_patch": Format(write_patch, check_patch, lambda part: part.readable, "any parameter in memory"),
 }
 
 
@@ -116,14 +145,16 @@ def export_adapter(
     format: str,
     adapter_name: str = "default",
     rank: int | None = None,
+    tokenizer: Any = None,
 ) -> ExportReport:
     """Write a SAM sparse adapter in a format that loads without this package; the model is as before.
 
-    Of several processes, one calls it.
+    Of several processes, one calls it. What is written is read back by the loader that it is for, PEFT or transformers,
+    before the call returns; "merged" and "checkpoint_patch" take the memory of the model once more for that.
 
     * "supertuning": an adapter of PEFT's Super-Tuning (PEFT 0.21 and newer), with the bits of θ⁰ + Δ. As it stores
-      equally many entries of equal layers, its file grows where the support is clustered.
-    * "shira": one of PEFT's SHiRA, with the bits of θ⁰ + Δ.
+      equally many entries of equal layers, its file grows where the support is clustered; the report says how much.
+    * "shira": one of PEFT's SHiRA, with the bits of θ⁰ + Δ; its file grows alike.
     * "lora": the LoRA adapter nearest to Δ; what it loses is in the report, and warned about.
     * "merged": the whole model with θ⁰ + Δ, for `from_pretrained`.
     * "checkpoint_patch": the new values of single entries of the base's checkpoint files (`checkpoint_patch`), the
@@ -133,22 +164,27 @@ def export_adapter(
         model: a PEFT model with a SAM adapter that has its support and is not merged.
         path: a new or empty folder. It is written whole or not at all.
         rank: of "lora", 16 by default; smaller where that loses nothing.
+        tokenizer: of "merged", or a processor, saved beside the model; None for the base's own, if it has one.
 
     Raises:
         FileExistsError: if there is anything at `path`.
         TypeError: if the model is no PEFT model with SAM adapters.
         PendingAdapterError: if the adapter has no support yet.
-        ValueError: if there is no such format or adapter, or the format cannot hold a delta; names those that can.
+        ValueError: if there is no such format or adapter, the format cannot hold a delta, or what was written does
+            not load as θ⁰ + Δ.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {list(FORMATS)}; got {format!r}.")
     if rank is not None and (format != "lora" or isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ValueError(f"rank is a positive integer for format 'lora'; got rank={rank!r} for {format!r}.")
-    target = Path(path).absolute()
+    if tokenizer is not None and (format != "merged" or not hasattr(tokenizer, "save_pretrained")):
+        raise ValueError(f"tokenizer has save_pretrained and is for format 'merged'; got {tokenizer!r} for {format!r}.")
+    target = Path(path).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{os.fspath(path)!r} is not empty: export to a new folder.")
     adapter = Adapter(model, adapter_name)
     _check_holds(format, adapter)
+    notes: list[str] = []
     options = {"rank": rank or DEFAULT_RANK} if format == "lora" else {}
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as temporary:
@@ -156,11 +192,21 @@ def export_adapter(
         folder.mkdir()
         with torch.no_grad():
             lost = FORMATS[format].write(adapter, folder, **options) or {}
-        size = sum(file.stat().st_size for file in folder.iterdir())
+        try:
+            FORMATS[format].check(adapter, folder, lost)
+        except ValueError as error:
+            raise ValueError(
+                f"format {format!r} cannot hold this adapter of {type(adapter.base).__name__}: {error}. Nothing is "
+                f"written. {_others(format, adapter)}"
+            ) from error
+        if format == "merged":
+            notes = _save_tokenizer(adapter, tokenizer, folder)
+        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if target.exists():
             target.rmdir()
         folder.rename(target)
-    report = ExportReport(Path(path), format, sum(len(part.delta.values) for part in adapter.parts), size)
+    entries = sum(len(part.delta.values) for part in adapter.parts)
+    report = ExportReport(Path(path), format, entries, size, adapter.own_size(), notes)
     if lost:
         report.errors = {name: sqrt(missing / whole) if whole else 0.0 for name, (missing, whole) in lost.items()}
         report.error = sqrt(sum(missing for missing, _ in lost.values()) / (sum(w for _, w in lost.values()) or 1.0))
@@ -175,8 +221,23 @@ def _check_holds(format: str, adapter: Adapter) -> None:
         return
     names = ", ".join(f"{part.name} ({part.describe()})" for part in left_out[:SHOWN])
     more = f" and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
-    others = [name for name, row in FORMATS.items() if all(row.holds(part) for part in adapter.parts)]
     raise ValueError(
         f"format {format!r} holds {FORMATS[format].what}, and cannot hold the changes of {names}{more}. "
-        + (f"Formats that can hold this adapter: {others}." if others else "No format can: they need plain weights.")
+        + _others(format, adapter)
     )
+
+
+def _others(format: str, adapter: Adapter) -> str:
+    rows = {name: row for name, row in FORMATS.items() if name != format}
+    others = [name for name, row in rows.items() if all(row.holds(part) for part in adapter.parts)]
+    return f"Formats that can hold this adapter: {others}." if others else "No format can: they need plain weights."
+
+
+def _save_tokenizer(adapter: Adapter, tokenizer: Any, folder: Path) -> list[str]:
+    """Put a tokenizer beside a model; what there is to say of it."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    elif not copy_tokenizer(adapter.config.base_model_name_or_path, adapter.config.revision, folder):
+        base = adapter.config.base_model_name_or_path
+        return [f"no tokenizer beside it: there is none at {base!r}; export_adapter(..., tokenizer=...) saves one"]
+    return []

@@ -24,6 +24,11 @@ EXACT = 2**21
 STEPS, SPARE = 12, 32
 
 
+# What the projections of experts were called before transformers fused them: PEFT takes targets that are called so for
+# the fused ones in some mixtures of experts, and leaves out dense layers of the name. It goes by parameters, too.
+EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
 class Factors(NamedTuple):
     """Left (rows × r) and right (r × columns), whose product is near Δ, and ‖Δ - left right‖² and ‖Δ‖²."""
 
@@ -113,6 +118,13 @@ def lora(adapter: Adapter, rank: int) -> StockAdapter:
     lost = {weights[module].name: (found.missing, found.whole) for module, found in factors.items()}
     lost |= {part.name: (0.0, float(part.delta.values.square().sum())) for part in biases.values()}
     return StockAdapter(config, tensors, lost)
+
+
+def like_experts(stock: StockAdapter) -> set[str]:
+    """The modules that a LoRA config can name by their parameter, where PEFT may take their names for experts'."""
+    if not isinstance(stock.config, LoraConfig) or stock.config.lora_bias or stock.config.fan_in_fan_out:
+        return set()
+    return {module for module in stock.tensors if module.rpartition(".")[2] in EXPERTS}
 
 
 def _named(part: Part, factors: Factors, rank: int) -> dict[str, Tensor]:

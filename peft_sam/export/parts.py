@@ -7,6 +7,7 @@ from collections.abc import Collection
 from itertools import chain
 from typing import Any, NamedTuple
 
+import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import PEFT_PREFIX, base_name, sam_layers
 from peft_sam.layers.owned import head_of, is_plain, stored_parameter
+from peft_sam.sparse.coding import code_length
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.model import SamModel
 
@@ -96,22 +98,42 @@ class Adapter:
         """The names of all modules of the base model."""
         return {base_name(name) for name, _ in self.base.named_modules()}
 
-    def bare_base(self) -> nn.Module:
-        """The base model without wrappers, with the heads of this adapter: a copy that shares every tensor."""
+    def bare_base(self, heads: bool = True) -> nn.Module:
+        """The base model without wrappers, with this adapter's `heads` or its own: a copy that shares every tensor."""
         shared: Any = {id(tensor): tensor for tensor in chain(self.base.parameters(), self.base.buffers())}
+        for module in self.base.modules():  # quantised ones keep tensors elsewhere
+            kept = chain(vars(module).values(), *(of.values() for of in vars(module).values() if isinstance(of, dict)))
+            shared |= {id(tensor): tensor for tensor in kept if isinstance(tensor, Tensor)}
         # from the inside out, so that a wrapped module inside a wrapped one is unwrapped by then
         for module in reversed(list(self.base.modules())):
             if isinstance(module, SamLayer):
                 shared[id(module)] = copy.deepcopy(module.get_base_layer(), shared)
             elif isinstance(module, ModulesToSaveWrapper):
-                shared[id(module)] = copy.deepcopy(head_of(module, self.name), shared)
-        return copy.deepcopy(self.base, shared)
+                shared[id(module)] = copy.deepcopy(
+                    head_of(module, self.name) if heads else module.original_module, shared
+                )
+        found = copy.deepcopy(self.base, shared)
+        vars(found).pop("peft_config", None)  # PEFT's tuners leave theirs there, and would go on with it
+        return found
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained and saved densely (`modules_to_save`)."""
         wrappers = [module for module in self.base.modules() if isinstance(module, ModulesToSaveWrapper)]
         heads = [head_of(wrapper, self.name) for wrapper in wrappers if self.name in wrapper.modules_to_save]
         return [parameter for head in heads for parameter in head.parameters()]
+
+    def named_heads(self) -> list[tuple[str, nn.Parameter]]:
+        """The same by name in the base model."""
+        heads = {id(parameter) for parameter in self.head_parameters()}
+        return [(name, p) for name, p in self.bare_base().named_parameters() if id(p) in heads]
+
+    def own_size(self) -> int:
+        """Bytes of the tensors in the adapter's own file."""
+        dtype = getattr(torch, self.config.save_dtype) if self.config.save_dtype else None
+        deltas = [part.delta for part in self.parts]
+        values = sum(len(delta.values) * (dtype or delta.values.dtype).itemsize for delta in deltas)
+        codes = sum(code_length(len(delta.values), delta.shape.numel()) for delta in deltas)
+        return values + codes + sum(head.nbytes for head in self.head_parameters())
 
     def saved_besides(self, adapted: Collection[str]) -> dict[str, Tensor]:
         """What PEFT saves besides the deltas, under its names: heads, and embeddings whose vocabulary was resized.
