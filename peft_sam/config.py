@@ -190,8 +190,8 @@ class SamConfig(PeftConfig):
 
     @property
     def coded(self) -> bool:
-        """Whether the file that belongs to this config holds supports as codes."""
-        return self.selection is not None and format_of(self.selection) >= 2
+        """Whether the file that belongs to this config holds supports as codes, as those of format 1 do not."""
+        return self.selection is None or format_of(self.selection) >= 2
 
     @property
     def fingerprints(self) -> dict[str, str]:

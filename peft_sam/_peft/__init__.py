@@ -8,16 +8,18 @@ Imported by: config, layers, files, tuner.
 * `names`: PEFT's private names; `quantised`: its access to quantised weights.
 * `kind`: the member SAM_SPARSE of its enum of types.
 * `mixed`, `configs`, `cards`, `files`: where PEFT's own way of doing a thing leaves sparse adapters out.
+* `pickles`: reading files that are pickles.
 * `register`: enters all of it.
 """
 
-from peft_sam._peft.files import pickle_allowed
+from peft_sam._peft.files import reads_sparse
 from peft_sam._peft.kind import SAM_SPARSE
 from peft_sam._peft.names import (
     SUPPORTED_PEFT,
     AuxiliaryTrainingWrapper,
     BaseTuner,
     BaseTunerLayer,
+    ExcludedModule,
     NoMatchingPeftModuleError,
     QuantizationBackend,
     check_adapters_to_merge,
@@ -41,6 +43,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "ExcludedModule",
     "NoMatchingPeftModuleError",
     "QuantizationBackend",
     "check_adapters_to_merge",
@@ -51,9 +54,9 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "load_peft_weights",
     "magnitude_prune",
-    "pickle_allowed",
     "prepare_swap",
     "quantization_backend",
+    "reads_sparse",
     "register",
     "task_arithmetic",
     "ties",

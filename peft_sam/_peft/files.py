@@ -1,4 +1,4 @@
-"""What PEFT does with files of sparse adapters: one that cannot be loaded is taken out again, and none is a pickle."""
+"""What PEFT does with files of sparse adapters: one that cannot be loaded is taken out again, pickles are checked."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from safetensors import SafetensorError
 
 from peft_sam._peft.kind import is_sparse, tuner
 from peft_sam._peft.names import save_and_load
+from peft_sam._peft.pickles import read_pickle
 
 # A reloaded module finds its own wrappers in place and unwraps them.
 _load_adapter = inspect.unwrap(PeftModel.load_adapter)
-_save_pretrained = inspect.unwrap(PeftModel.save_pretrained)
 _torch_load = inspect.unwrap(save_and_load.torch_load)
 
-# Whether the file that PEFT is reading may be a pickle.
-pickle_allowed: ContextVar[Callable[[], bool]] = ContextVar("pickle_allowed", default=lambda: True)
+# Whether the file that PEFT is reading is one of a sparse adapter.
+reads_sparse: ContextVar[Callable[[], bool]] = ContextVar("reads_sparse", default=lambda: False)
 
 
 def enter_files(other_base: type[Warning]) -> None:
-    """Wrap PEFT's ways to save and load; with `strict_base` a warning `other_base` is an error.
+    """Wrap PEFT's ways to load; with `strict_base` a warning `other_base` is an error.
 
     PEFT adds an adapter before it reads the file.
     """
@@ -39,7 +39,7 @@ def enter_files(other_base: type[Warning]) -> None:
             return is_sparse(self.peft_config.get(adapter_name))
 
         new = adapter_name not in self.peft_config or (is_ours() and tuner().awaits_file(self.base_model, adapter_name))
-        token = pickle_allowed.set(lambda: not is_ours())
+        token = reads_sparse.set(is_ours)
         try:
             with warnings.catch_warnings() if strict_base else nullcontext():
                 if strict_base:
@@ -61,32 +61,13 @@ def enter_files(other_base: type[Warning]) -> None:
                 raise ValueError(f"the adapter file of {str(model_id)!r} lacks the tensor {error}.") from error
             raise
         finally:
-            pickle_allowed.reset(token)
+            reads_sparse.reset(token)
 
     @functools.wraps(_torch_load)
-    def torch_load(*args: Any, **kwargs: Any) -> Any:
-        if not pickle_allowed.get()():
-            raise ValueError(
-                "the adapter file is a pickle (adapter_model.bin); SAM sparse adapters are safetensors files only, "
-                "which cannot run code: get, or save again, adapter_model.safetensors."
-            )
-        return _torch_load(*args, **kwargs)
+    def torch_load(path: Any, *args: Any, map_location: Any = "cpu", **kwargs: Any) -> Any:
+        if reads_sparse.get()():
+            return read_pickle(path, map_location)
+        return _torch_load(path, *args, map_location=map_location, **kwargs)
 
-    @functools.wraps(_save_pretrained)
-    def save_pretrained(
-        self: PeftModel,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        chosen = self.peft_config if selected_adapters is None else selected_adapters
-        if not safe_serialization and any(is_sparse(self.peft_config.get(name)) for name in chosen):
-            raise ValueError(
-                "safe_serialization=False writes a pickle; SAM sparse adapters are safetensors files only."
-            )
-        return _save_pretrained(self, save_directory, safe_serialization, selected_adapters, *args, **kwargs)
-
-    PeftModel.load_adapter, PeftModel.save_pretrained = load_adapter, save_pretrained
+    PeftModel.load_adapter = load_adapter
     save_and_load.torch_load = torch_load

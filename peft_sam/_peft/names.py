@@ -25,6 +25,9 @@ try:
         check_adapters_to_merge,
         check_target_module_exists,
     )
+    from peft.tuners.tuners_utils import (
+        _ExcludedModule as ExcludedModule,
+    )
     from peft.utils import hotswap, save_and_load
     from peft.utils.error import NoMatchingPeftModuleError
     from peft.utils.hotswap import (
@@ -57,6 +60,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "ExcludedModule",
     "ForwardOnlyQuantizationBackend",
     "NoMatchingPeftModuleError",
     "QuantizationBackend",

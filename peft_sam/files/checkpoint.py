@@ -1,8 +1,8 @@
 """The adapter file and the layers: what is written, and what a file must be before anything is read from it.
 
 For each parameter with entries a file holds two tensors, `<module>.sam_sparse_delta.<parameter>.support`, the code of
-its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`. Files of format 1
-have the positions themselves, int32 or int64, as `….indices`; the state dict of a model too.
+its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`: those of the model's
+state dict, without the adapter's name. Files of format 1 have the positions themselves, int32 or int64, as `….indices`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peft_sam._peft import AuxiliaryTrainingWrapper
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.deltas import name_of
 from peft_sam.layers.found import module_of
-from peft_sam.sparse.coding import decode, encode
+from peft_sam.sparse.coding import decode
 from peft_sam.sparse.delta import PendingAdapterError
 from peft_sam.sparse.support import check_support
 
@@ -49,10 +49,7 @@ def to_file(
         key = key.replace(".original_module.", ".")
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         parameter, _, part = after.rpartition(".")
-        if part == "indices":
-            delta = layers[module_of(before)].deltas(adapter_name)[name_of(parameter)]
-            written[key.removesuffix(part) + "support"] = encode(tensor, delta.shape.numel())
-        elif part == "values" and save_dtype is not None:
+        if part == "values" and save_dtype is not None:
             written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
         else:
             written[key] = tensor

@@ -16,7 +16,7 @@ from peft_sam.layers.merging import Change, check_merge, merge, restore
 from peft_sam.layers.mixed import BASE
 from peft_sam.layers.owned import features, is_plain, own_parameters, stored_parameters
 from peft_sam.layers.substitute import call_with
-from peft_sam.sparse.delta import CodedDelta, PendingAdapterError, SparseDelta
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.sparse.ops import compose
 from peft_sam.sparse.support import check_support
 
@@ -64,17 +64,17 @@ class SamLayer(nn.Module, BaseTunerLayer):
         self._tied[name] = (owner, there)
 
     def update_layer(
-        self, adapter_name: str, entries: Mapping[str, int], coded: bool = False, inference_mode: bool = False
+        self, adapter_name: str, entries: Mapping[str, int], coded: bool = True, inference_mode: bool = False
     ) -> None:
         """Add pending deltas with room for so many entries per parameter: 0 while that is not known.
 
-        With `coded` their supports are awaited as codes.
+        Without `coded` a file of format 1 is awaited.
         """
-        delta_type, own = CodedDelta if coded else SparseDelta, self.parameters_below()
+        own = self.parameters_below()
         if adapter_name not in self.sam_sparse_delta:
             self.sam_sparse_delta[adapter_name] = Deltas()
         for name, number in entries.items():
-            self._held(adapter_name).put(name, delta_type.place_holder(own[name], number))
+            self._held(adapter_name).put(name, SparseDelta.place_holder(own[name], number, coded))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def drop(self, adapter_name: str, name: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -23,11 +23,6 @@ def changed(entries: Tensor, values: Tensor) -> Tensor:
     return (entries.to(values.dtype) + values).to(entries.dtype)
 
 
-def _has_no_support(delta: SparseDelta) -> bool:
-    indices = delta.indices
-    return len(indices) == 0 or indices.is_meta or int(indices[0]) < 0
-
-
 class PendingAdapterError(RuntimeError):
     """An adapter is trained, saved or merged before its parameters are selected."""
 
@@ -44,33 +39,54 @@ class PendingAdapterError(RuntimeError):
 class SparseDelta(nn.Module):
     """Δ of one parameter θ of shape `shape`: Δ.flatten()[indices] = values, and 0 elsewhere.
 
+    Its state, in memory as in files, is the code of the support and the values.
+
     Attributes:
-        indices: int64, 1-D, strictly increasing flat row-major positions in θ.
-        values: as many trainable numbers.
+        support: the code of the indices (`coding`), uint8 and 1-D; all zeros while it is awaited.
+        values: trainable numbers, one per entry.
         shape: the shape of θ.
 
-    Before the support is chosen or loaded a delta is *pending*: it has no entries, or `indices` filled with -1 to
-    hold the place of those that a file will bring.
+    Before the support is chosen or loaded a delta is *pending*: it has no entries, or room for those that a file will
+    bring.
     """
 
-    # the buffer that holds the support
-    form: ClassVar[str] = "indices"
-    indices: Tensor
+    support: Tensor
 
-    def __init__(self, shape: torch.Size, support: Tensor, values: Tensor) -> None:
+    def __init__(self, shape: torch.Size, indices: Tensor, values: Tensor) -> None:
         super().__init__()
         self.shape = torch.Size(shape)
         self.values = nn.Parameter(values)
-        self.register_buffer(self.form, support)
-        self._derived: dict[Any, tuple[Tensor, int, Any]] = {}
+        self.register_buffer("support", _code(indices, self.shape.numel()))
+        self._forget()
+        self._awaits_positions = False
         self._remembered: nn.Parameter | None = None
 
     @classmethod
-    def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
-        """A pending delta for `parameter`, with room for `entries` entries."""
-        indices = torch.full((entries,), -1, dtype=torch.int64, device=parameter.device)
+    def place_holder(cls, parameter: Tensor, entries: int = 0, coded: bool = True) -> SparseDelta:
+        """A pending delta for `parameter`, with room for `entries` entries.
+
+        Without `coded` a file of format 1 is awaited, which has the positions: the delta shows `indices` in its state
+        in place of `support` until they are set.
+        """
         values = torch.zeros(entries, dtype=delta_dtype(parameter.dtype), device=parameter.device)
-        return cls(parameter.shape, indices, values)
+        delta = cls(parameter.shape, torch.empty(0, dtype=torch.int64, device=parameter.device), values)
+        delta.support = delta.support.new_zeros(code_length(entries, parameter.numel()))
+        delta._awaits_positions = entries > 0 and not coded
+        return delta
+
+    @property
+    def indices(self) -> Tensor:
+        """The support: int64, 1-D, strictly increasing flat row-major positions in θ; -1 while they are awaited."""
+        found: Tensor = self.derive("indices", _decoded)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # loaders that fill a model by name set what they find in its state
+        if name == "indices":
+            check_support(value, self.shape.numel(), "parameter")
+            self.hold(value.detach())
+        else:
+            super().__setattr__(name, value)
 
     @property
     def pending(self) -> bool:
@@ -96,21 +112,35 @@ class SparseDelta(nn.Module):
     def derive(self, key: Any, make: Callable[[Any], Any]) -> Any:
         """`make(self)`, kept until the support changes: loading, moving and re-choosing all change it."""
         # every forward pass comes by here: nn.Module's own attribute look-up would take most of the time
-        stored: Any = self._buffers[self.form]
-        kept = self._derived.get(key)
-        if kept is None or (
-            not torch.compiler.is_compiling() and (kept[0] is not stored or kept[1] != stored._version)
-        ):
-            kept = self._derived[key] = (stored, stored._version, make(self))
-        return kept[2]
+        stored: Any = self._buffers["support"]
+        if not torch.compiler.is_compiling() and (self._seen is not stored or self._version != version_of(stored)):
+            self._look_again(stored)
+        if key not in self._derived:
+            self._derived[key] = make(self)
+        return self._derived[key]
+
+    def _forget(self) -> None:
+        self._derived: dict[Any, Any] = {}
+        self._seen: Any = None
+        self._seen_bytes: Tensor | None = None
+        self._version = 0
+
+    def _look_again(self, stored: Tensor) -> None:
+        # DistributedDataParallel writes the buffers before each forward pass: the same bytes
+        same = self._seen is stored and self._seen_bytes is not None and torch.equal(self._seen_bytes, stored)
+        if not same:
+            self._forget()
+            self._seen, self._seen_bytes = stored, None if stored.is_meta else stored.clone()
+        self._version = version_of(stored)
 
     def can_hold(self, indices: Tensor) -> bool:
         """Whether this support can take the old one's place in the tensors that are there."""
         return len(self.values) == len(indices) and not self.values.is_meta
 
     def hold(self, indices: Tensor) -> None:
-        """Put another support of the same size in the old one's place."""
-        self.indices.copy_(indices)
+        """Put another support of the same size, and so with a code of the same length, in the old one's place."""
+        self.support.copy_(encode(indices, self.shape.numel()))
+        self._awaits_positions = False
 
     def checked_indices(self) -> Tensor:
         """The support, checked once against the parameter: values may come from a file through any door.
@@ -125,35 +155,61 @@ class SparseDelta(nn.Module):
     # Every process knows the support, and keeps it.
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDelta:
-        support = getattr(self, self.form)
+        support = self.support
         super()._apply(fn, recurse)
-        if getattr(self, self.form).is_meta:
-            setattr(self, self.form, support)
+        if self.support.is_meta:
+            self.support = support
         return self
 
     @property
     def _awaits_values(self) -> bool:
-        return self.values.is_meta and not getattr(self, self.form).is_meta
+        return self.values.is_meta and not self.support.is_meta
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._awaits_values:
-            del destination[f"{prefix}{self.form}"]
+        if self._awaits_values or self._awaits_positions:
+            del destination[f"{prefix}support"]
+        if self._awaits_positions:
+            destination[f"{prefix}indices"] = self.indices
 
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
     ) -> None:
         awaited = self._awaits_values
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, *others)
-        if awaited and f"{prefix}{self.form}" in missing:
-            missing.remove(f"{prefix}{self.form}")
+        if awaited and f"{prefix}support" in missing:
+            missing.remove(f"{prefix}support")
+        if f"{prefix}support" in state:
+            self._awaits_positions = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_derived": {}}
+        return {**self.__dict__, "_derived": {}, "_seen": None, "_seen_bytes": None}
 
     def extra_repr(self) -> str:
         """What a printed model shows."""
         return f"{len(self.values)} of {self.shape.numel()} entries, shape={tuple(self.shape)}"
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; unknown of those made in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _code(indices: Tensor, numel: int) -> Tensor:
+    if len(indices):
+        return encode(indices, numel).to(indices.device)
+    return torch.zeros(code_length(0, numel), dtype=torch.uint8, device=indices.device)
+
+
+def _has_no_support(delta: SparseDelta) -> bool:
+    # each position sets a bit in its code
+    return len(delta.values) == 0 or delta.support.is_meta or not bool(delta.support.any())
+
+
+def _decoded(delta: SparseDelta) -> Tensor:
+    if _has_no_support(delta):
+        return torch.full((len(delta.values),), -1, device=delta.support.device)
+    return decode(delta.support, len(delta.values), delta.shape.numel(), "parameter")
 
 
 def _checked(delta: SparseDelta) -> Tensor:
@@ -161,37 +217,3 @@ def _checked(delta: SparseDelta) -> Tensor:
     if len(delta.indices) != len(delta.values):
         raise ValueError(f"a sparse delta has {len(delta.indices)} indices but {len(delta.values)} values.")
     return delta.indices
-
-
-class CodedDelta(SparseDelta):
-    """A delta that holds its support as a file does: for loaders that fill a model's tensors from a file by name.
-
-    Attributes:
-        support: the code of the indices (`coding`), all zeros while it is awaited.
-    """
-
-    form: ClassVar[str] = "support"
-    support: Tensor
-
-    @classmethod
-    def place_holder(cls, parameter: Tensor, entries: int = 0) -> SparseDelta:
-        """A pending delta for `parameter`, with room for the code and the values of `entries` entries."""
-        support = torch.zeros(code_length(entries, parameter.numel()), dtype=torch.uint8, device=parameter.device)
-        values = torch.zeros(entries, dtype=delta_dtype(parameter.dtype), device=parameter.device)
-        return cls(parameter.shape, support, values)
-
-    @property
-    def indices(self) -> Tensor:  # type: ignore[override]
-        """The support, decoded."""
-        found: Tensor = self.derive("indices", _decoded)
-        return found
-
-    def hold(self, indices: Tensor) -> None:
-        """Put another support of the same size, and so with a code of the same length, in the old one's place."""
-        self.support.copy_(encode(indices, self.shape.numel()))
-
-
-def _decoded(delta: CodedDelta) -> Tensor:
-    if delta.support.is_meta or not delta.support.any():
-        return torch.full((len(delta.values),), -1, device=delta.support.device)
-    return decode(delta.support, len(delta.values), delta.shape.numel(), "parameter")

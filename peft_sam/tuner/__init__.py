@@ -7,4 +7,5 @@ Imported by: selecting, export.
 * `targets`: which modules a config means; `candidates`: what an adapter can change, and giving it its support.
 * `ties`: parameters that several modules own; `fastpath`: torch's own ways past a module's children.
 * `arithmetic`: adapters out of adapters; `hotswap`: one in the place of another; `merged`: merged for a while.
+* `states`: what `load_state_dict` does with what comes in.
 """

@@ -81,14 +81,14 @@ def register_swap() -> None:
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:
         where = {key: kwargs.get(key) for key in ("subfolder", "revision", "cache_dir", "token")}
         kwargs.pop("strict_base", None)  # it went into the config
-        allowed = _peft.pickle_allowed  # a reloaded module has another one
-        token = allowed.set(lambda: not isinstance(PeftConfig.from_pretrained(model_id, **where), SamConfig))
+        reads_sparse = _peft.reads_sparse  # a reloaded module has another one
+        token = reads_sparse.set(lambda: isinstance(PeftConfig.from_pretrained(model_id, **where), SamConfig))
         try:
             return _load_peft_weights(model_id, *args, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
         finally:
-            allowed.reset(token)
+            reads_sparse.reset(token)
 
     @functools.wraps(_swap_state_dict)
     def hotswap_adapter_from_state_dict(

@@ -28,6 +28,7 @@ from peft_sam.tuner.candidates import (
     target_as,
 )
 from peft_sam.tuner.fastpath import have_children_called
+from peft_sam.tuner.states import take_states
 from peft_sam.tuner.targets import is_target
 from peft_sam.tuner.ties import tie
 
@@ -62,6 +63,7 @@ def inject(
         _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model, adapter_name, config)
         have_children_called(model)
+        take_states(model)
         if config.selection is not None:
             check_base(sam_layers(model), config.fingerprints, config.strict_base)
         low_cpu_mem_usage = low_cpu_mem_usage or _made_empty(model, adapter_name)

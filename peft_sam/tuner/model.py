@@ -22,6 +22,7 @@ from peft_sam.tuner.arithmetic import Combined, check_combination, combine_heads
 from peft_sam.tuner.candidates import record_counts
 from peft_sam.tuner.fastpath import restore_fast_paths
 from peft_sam.tuner.injection import adapt, inject, replace, withdraw
+from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
 
 
@@ -163,6 +164,7 @@ class SamModel(BaseTuner):
             self._check_merge(layers, adapter_names, safe_merge)  # offloaded ones are checked one by one
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_paths(model)
+        leave_states(model)
         return model
 
     def _check_merge(self, layers: Iterable[SamLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -13,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import (
     BaseTunerLayer,
+    ExcludedModule,
     NoMatchingPeftModuleError,
     check_target_module_exists,
 )
@@ -20,9 +23,12 @@ from peft_sam.config import SamConfig
 from peft_sam.layers.found import base_modules, base_name
 from peft_sam.layers.owned import is_packed_linear, own_parameters
 
+# How much of a name must be there for another to be a misspelt one: "k_proj" for "q_proj" is not.
+ALIKE = 0.88
+
 
 def is_target(config: SamConfig, path: str) -> Any:
-    """Whether a config targets the module at `path` in a model: PEFT's answer, which also tells what is excluded.
+    """Whether a config targets the module at `path` in a model: PEFT's answer, an `ExcludedModule` for "taken out".
 
     What another adapter trains densely is no module of the base model, and a tuner layer stands for what it wraps.
     """
@@ -33,7 +39,7 @@ def is_target(config: SamConfig, path: str) -> Any:
     # PEFT trains densely whatever ends in one of these names: "classifier" takes DistilBERT's pre_classifier, too
     dense = tuple(config.modules_to_save or ())
     if any(".".join(name.split(".")[:end]).endswith(dense) for end in range(1, name.count(".") + 2)):
-        return False
+        return ExcludedModule()
     return check_target_module_exists(config, name)
 
 
@@ -44,8 +50,7 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
         the names of the targets in the unwrapped base model.
 
     Raises:
-        NoMatchingPeftModuleError: (a ValueError) if a name matches no module, or nothing matches; lists what could
-            be targeted.
+        NoMatchingPeftModuleError: (a ValueError) if nothing matches, in PEFT's words; lists what could be targeted.
         ValueError: if a target has a parameter that is not floating point.
     """
     modules = dict(base_modules(model))
@@ -54,17 +59,12 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
         chosen = _all_linear(modules, model, keep_head=wanted is not None) if wanted != "all" else list(modules)
         names = {base_name(name) for name in chosen if own_parameters(modules[name])}
         config.target_modules = {name for name in names if _in_layers(config, name)}  # type: ignore[assignment]
-    elif not isinstance(wanted, str):
-        _check_names(wanted, modules)
-    matched = [name for name in modules if is_target(config, name)]
-    owners = [name for name in matched if own_parameters(modules[name])]
+    answers = {name: is_target(config, name) for name in modules}
+    owners = [name for name, answer in answers.items() if answer and own_parameters(modules[name])]
     if not owners:
-        raise NoMatchingPeftModuleError(
-            "No modules were targeted for adaptation. This might be caused by a combination of "
-            f"target_modules={wanted!r}, exclude_modules={config.exclude_modules!r} and "
-            f"modules_to_save={config.modules_to_save!r}, which leaves no module that owns parameters. "
-            f"{_what_could_be(modules)}"
-        )
+        raise NoMatchingPeftModuleError(f"{_why_none(config, wanted, answers.values())} {_what_could_be(modules)}")
+    if not isinstance(wanted, str) and wanted is not None:
+        _warn_of_typos(wanted, modules)
     for name in owners:
         for parameter_name, parameter in own_parameters(modules[name]).items():
             if not parameter.is_floating_point():
@@ -103,13 +103,38 @@ def _in_layers(config: SamConfig, name: str) -> bool:
     return bool(is_target(probe, name))
 
 
-def _check_names(wanted: set[str] | list[str], modules: dict[str, nn.Module]) -> None:
-    endings = {name for key in map(base_name, modules) for name in _endings(key)}
-    missing = sorted(name for name in wanted if name not in endings)
-    if missing:
-        raise NoMatchingPeftModuleError(
-            f"Target modules {missing} not found in the base model. {_what_could_be(modules)}"
+def _why_none(config: SamConfig, wanted: Any, answers: Collection[Any]) -> str:
+    """PEFT's words, which people search for."""
+    excluded = [isinstance(answer, ExcludedModule) for answer in answers]
+    if excluded and all(excluded):
+        return (
+            "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
+            "`modules_to_save` configuration."
         )
+    if not any(excluded) and not any(answers):
+        what = f"Target modules {wanted} not found in the base model. Please check the target modules and try again."
+    else:
+        what = (
+            "No modules were targeted for adaptation. This might be caused by a combination of "
+            f"target_modules={wanted!r}, exclude_modules={config.exclude_modules!r} and "
+            f"modules_to_save={config.modules_to_save!r}, which leaves no module that owns parameters."
+        )
+    where = {name: getattr(config, name) for name in ("layers_to_transform", "layers_pattern")}
+    notes = [f"{name}={value!r}" for name, value in where.items() if value is not None]
+    return f"{what} Note: you specified {' and '.join(notes)}." if notes else what
+
+
+def _warn_of_typos(wanted: Collection[str], modules: Mapping[str, nn.Module]) -> None:
+    """Warn of names that match nothing and look like one that would: lists of many models' names are common."""
+    endings = {name for key in map(base_name, modules) for name in _endings(key)}
+    found = {}
+    for name in sorted(set(wanted) - endings):
+        alike = sorted(end for end in endings - set(wanted) if end.count(".") == name.count("."))
+        if close := difflib.get_close_matches(name, alike, cutoff=ALIKE):
+            found[name] = close
+    if found:
+        names = "; ".join(f"{name!r}, did you mean {' or '.join(map(repr, close))}?" for name, close in found.items())
+        warnings.warn(f"Target modules not found in the base model, while others are: {names}", stacklevel=2)
 
 
 def _endings(key: str) -> Iterator[str]:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import (
     AutoPeftModelForSequenceClassification,
-    LoraConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -132,23 +131,6 @@ def test_a_value_too_large_for_save_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{name}.*1e\+05, is too large for save_dtype='float16'"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()
-
-
-def test_adapters_are_neither_written_nor_read_as_pickles(tmp_path: Path) -> None:
-    model, base = trained()
-    with pytest.raises(ValueError, match="pickle"):
-        model.save_pretrained(tmp_path / "pickle", safe_serialization=False)
-    assert not (tmp_path / "pickle").exists()
-    model.save_pretrained(tmp_path)
-    torch.save(load_file(tmp_path / FILE), tmp_path / "adapter_model.bin")
-    (tmp_path / FILE).unlink()
-    before = {name: p.clone() for name, p in base.named_parameters()}
-    with pytest.raises(ValueError, match="pickle"):
-        PeftModel.from_pretrained(base, tmp_path)
-    assert {name for name, _ in base.named_parameters()} == before.keys()
-    other = get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
-    other.save_pretrained(tmp_path / "lora", safe_serialization=False)
-    PeftModel.from_pretrained(bert(), tmp_path / "lora")  # another method's files are PEFT's matter
 
 
 def test_a_resized_embedding_is_saved_beside_its_deltas(tmp_path: Path) -> None:

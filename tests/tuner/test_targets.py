@@ -11,6 +11,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam._peft import NoMatchingPeftModuleError
 from peft_sam.tuner.candidates import candidates_of, trained_besides
 from tests.shared.cases import NETS, NetCase, bert, gpt2, names, t5
 
@@ -82,14 +83,51 @@ def test_a_list_a_regex_and_exclusions_select_as_in_peft() -> None:
     assert not any(name.endswith("dense") for name in found)
 
 
-@pytest.mark.parametrize("wanted", [["querty"], ["query", "querty"], "no_such.*"])
-def test_a_name_that_matches_nothing_lists_what_could_be_targeted(wanted: Any) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"target_modules": ["querty", "vaule"]}, r"Target modules .* not found in the base model"),
+        ({"target_modules": "no_such.*"}, r"Target modules no_such\.\* not found in the base model"),
+        (
+            {"target_modules": ["query"], "layers_to_transform": [7], "layers_pattern": "layer"},
+            r"not found in the base model.*layers_to_transform=\[7\] and layers_pattern='layer'",
+        ),
+        (
+            {"target_modules": ["query", "nothing"], "exclude_modules": ["query"]},
+            "No modules were targeted for adaptation",
+        ),
+        ({"target_modules": ["dropout"]}, "No modules were targeted for adaptation.*owns parameters"),
+        ({"target_modules": ["nothing"], "modules_to_save": ["classifier"]}, "No modules were targeted for adaptation"),
+        ({"target_modules": "all", "exclude_modules": ".*"}, "All modules were excluded"),
+    ],
+)
+def test_where_nothing_matches_peft_s_words_say_so_and_what_could_be_targeted(options: Any, words: str) -> None:
     base = bert()
     before = [type(m) for m in base.modules()]
-    with pytest.raises(ValueError, match=r"could be targeted: .*Embedding: .*Linear: .*query"):
-        get_peft_model(base, SamConfig(target_modules=wanted))
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=rf"{words}.* could be targeted: .*Embedding: .*Linear: .*query"
+    ):
+        get_peft_model(base, SamConfig(**options))
     assert [type(m) for m in base.modules()] == before
     assert all(p.requires_grad for p in base.parameters())
+
+
+def test_names_of_other_models_beside_those_that_match_are_passed_over() -> None:
+    many = ["q_proj", "query", "v_proj", "value", "query_key_value", "c_attn", "out_proj", "gate_up_proj"]
+    assert modules(candidates(bert(), target_modules=many)) == modules(
+        candidates(bert(), target_modules=["query", "value"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "meant"),
+    [("querry", "'querry', did you mean 'query'"), ("self.valeu", "'self.valeu', did you mean 'self.value'")],
+)
+def test_a_misspelt_name_beside_those_that_match_is_warned_of(wanted: str, meant: str) -> None:
+    with pytest.warns(UserWarning, match=meant):
+        assert modules(candidates(bert(), target_modules=["key", wanted])) == modules(
+            candidates(bert(), target_modules=["key"])
+        )
 
 
 def test_an_integer_weight_is_refused_by_name() -> None:

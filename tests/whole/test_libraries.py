@@ -178,6 +178,36 @@ def test_a_sentence_transformer_selects_trains_saves_and_loads(tmp_path: Path) -
         assert torch.equal(again.encode(sentences, convert_to_tensor=True), trained)
 
 
+@takes_adapters
+def test_a_sentence_transformer_resumes_into_a_pending_adapter_and_takes_the_best_one_back(tmp_path: Path) -> None:
+    bert().bert.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    pairs = [{"sentence1": words(i, 1), "sentence2": words(2 * i, 5), "score": float(i % 2)} for i in range(12)]
+
+    def trainer(**options: Any) -> SentenceTransformerTrainer:
+        torch.manual_seed(0)
+        model = SentenceTransformer(modules=[Transformer(str(tmp_path / "base")), Pooling(16)], device="cpu")
+        model.add_adapter(SamConfig(task_type="FEATURE_EXTRACTION", density=0.1))
+        args = SentenceTransformerTrainingArguments(str(tmp_path / "out"), **OPTIONS, **options)
+        data = Dataset.from_list(pairs)
+        return SentenceTransformerTrainer(model, args, data, eval_dataset=data, loss=CosineSimilarityLoss(model))
+
+    evaluating: dict[str, Any] = {"save_steps": 2, "eval_steps": 2, "eval_strategy": "steps"}
+    first = trainer(**evaluating, load_best_model_at_end=True)
+    select_parameters(first)
+    first.train()
+    resumed = trainer(**evaluating)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    best = SentenceTransformer(str(first.state.best_model_checkpoint), device="cpu")
+    assert all(torch.equal(t, best.state_dict()[key]) for key, t in first.model.state_dict().items())
+    straight = trainer(**evaluating)
+    select_parameters(straight)
+    straight.train()
+    assert values(resumed.model).keys() == values(straight.model).keys()
+    for name, tensor in values(straight.model).items():
+        torch.testing.assert_close(values(resumed.model)[name], tensor)
+
+
 def test_two_parts_with_adapters_are_told_apart_by_the_caller() -> None:
     config = SamConfig(target_modules="all", density=0.5)
     both = nn.ModuleList([get_peft_model(nn.Sequential(nn.Linear(4, 4)), config) for _ in range(2)])
