@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,15 @@ if TYPE_CHECKING:
 
 # the first number in a name counts layers; later ones count parts of a layer, such as experts
 LAYER = re.compile(r"^.*?\.(?P<index>\d+)\.(?P<kind>.+)$")
+# the number of an expert or another part of a layer
+PART = re.compile(r"\.\d+\.")
+
+# More places than this are summed up when a report is printed, layers in so many ranges.
+LONG, RANGES = 40, 10
+
+
+def _range(numbers: Sequence[int]) -> str:
+    return f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else f"{numbers[0]}"
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -57,7 +67,7 @@ class Row:
 
 @dataclass
 class SelectionReport:
-    """Where a selection lies. Prints as a table; `plot` draws it.
+    """Where a selection lies. Prints as a table, which deep models shorten; `table` has all of it, `plot` draws it.
 
     Attributes:
         places: (layer, module type) → `Row`.
@@ -80,7 +90,31 @@ class SelectionReport:
         return float("nan") if self.other is None else self.total.shared / max(either, 1)
 
     def __str__(self) -> str:
-        named = [(layer, kind, row) for (layer, kind), row in self.places.items()]
+        return self.table() if len(self.places) <= LONG else self._as_text(self._summary())
+
+    def table(self) -> str:
+        """A line for each layer and module type."""
+        return self._as_text([(layer, kind, row) for (layer, kind), row in self.places.items()])
+
+    def _summary(self) -> list[tuple[str, str, Row]]:
+        """Lines for the module types over all layers, then for at most so many ranges of layers."""
+        kinds: dict[str, Row] = {}
+        layers: dict[int, Row] = {}
+        outside = []
+        for (layer, kind), row in self.places.items():
+            if layer == "-":
+                outside.append((layer, kind, row))
+            else:
+                kind = PART.sub(".*.", kind)
+                kinds[kind] = kinds.get(kind, Row()) + row
+                layers[int(layer)] = layers.get(int(layer), Row()) + row
+        numbers, size = sorted(layers), -(-len(layers) // RANGES)
+        ranges = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+        by_kinds = [(_range(numbers), kind, row) for kind, row in kinds.items()]
+        by_layers = [(_range(of), "", sum((layers[number] for number in of), Row())) for of in ranges]
+        return [*by_kinds, *outside, *by_layers]
+
+    def _as_text(self, named: list[tuple[str, str, Row]]) -> str:
         head = ["layer", "module", "entries", "density", "rows", "columns"] + ["shared"] * (self.other is not None)
         lines = [head, *([layer, kind, *self._cells(row)] for layer, kind, row in [*named, ("", "all", self.total)])]
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared.cases import llama
+from tests.whole.test_libraries import tokenizer
+
 ROOT = Path(__file__).parents[2]
 WARM = ("--head-warmup-steps", "2")
 
@@ -58,3 +61,18 @@ def test_gradient_masks_load_into_stock_sparse_tuners(tmp_path: Path) -> None:
     rows = {line[:26].strip(): line[26:].split() for line in printed.splitlines()[-4:]}
     assert rows["SHiRA, random"][0] == rows["SHiRA, gradient"][0]
     assert rows["Super-Tuning, magnitude"][0] == rows["Super-Tuning, gradient"][0]
+
+
+@pytest.mark.slow
+def test_the_language_model_example_trains_by_trl_and_gives_the_base_its_bits_back(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--output", str(tmp_path), "--compare", "--steps", "2"]
+    printed = run("04_language_model.py", *options, "--length", "16", "--test-blocks", "4", "--selection-batches", "1")
+    assert "merged, it writes the same text: True" in printed
+    assert "every bit of the base is as before: True" in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines()[-5:-1]}
+    assert rows["SAM"][0] == rows["LoRA"][0] == "992"
+    assert rows["SAM"][1] != rows["before"][0]
+    assert (tmp_path / "sam" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "selection.safetensors").exists()

@@ -87,6 +87,28 @@ def test_a_model_s_adapters_are_reported_and_compared() -> None:
     assert (turned.total.shared, turned.overlap) == (report.total.shared, report.overlap)
 
 
+def deep(layers: int) -> Selection:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    kinds = (*kinds, *(f"experts.{i}.w" for i in range(8)))
+    names = [f"model.layers.{i}.{kind}.weight" for i in range(layers) for kind in kinds] + ["lm_head.weight"]
+    indices = {name: torch.arange(i % 7) for i, name in enumerate(names)}
+    return Selection(indices, dict.fromkeys(names, torch.Size((4, 5))), "sam", "global", 0.1, 0.5)
+
+
+@pytest.mark.parametrize("layers", [6, 30, 126])
+def test_a_deep_model_s_report_prints_a_few_lines_that_add_up(layers: int) -> None:
+    report = selection_report(deep(layers))
+    lines = [line.split() for line in str(report).splitlines()]
+    assert len(lines) <= 20
+    whole = f"0-{layers - 1}"
+    kinds = [int(line[2].replace(",", "")) for line in lines if line[0] in (whole, "-")]
+    ranges = [line for line in lines[1:-1] if line[0] not in (whole, "-")]
+    outside = next(int(line[2]) for line in lines if line[0] == "-")
+    assert sum(kinds) == sum(int(line[1].replace(",", "")) for line in ranges) + outside == report.total.selected
+    assert len({len(line) for line in str(report).splitlines()}) == 1
+    assert len(report.table().splitlines()) == 14 * layers + 3
+
+
 def test_what_cannot_be_reported_is_refused() -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(6, 8)), SamConfig(target_modules=["0"]))
     with pytest.raises(ValueError, match="no SAM adapter 'default' with a support"):
