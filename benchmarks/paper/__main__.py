@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS
-from benchmarks.paper.compare import compare
-from benchmarks.paper.methods import METHODS, parse
-from benchmarks.paper.models import pooling_of
 from benchmarks.paper.plots import draw
-from benchmarks.paper.run import Run, execute
-from benchmarks.paper.runs import plan, read, work_in_processes
 from benchmarks.paper.table import report
-from benchmarks.paper.tasks import TASKS
+from benchmarks.rig.compare import compare
+from benchmarks.rig.methods import METHODS, parse
+from benchmarks.rig.models import pooling_of
+from benchmarks.rig.run import Run, execute
+from benchmarks.rig.runs import plan, read, work_in_processes
+from benchmarks.rig.tasks import TASKS
 
 # Other defaults by name. "paper": what the paper says, and for the rest its authors' scripts/train.sh
 # (github.com/fuzihaofzh/AnalyzeParameterEfficientFinetune): validated every 500 steps, texts of 256 tokens, every

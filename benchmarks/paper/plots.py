@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.ticker import NullFormatter
 from scipy.stats import spearmanr
 
-from benchmarks.paper.lines import (
+from benchmarks.rig.lines import (
     Common,
     Line,
     averages,

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
-from benchmarks.paper.lines import Line, averages, chosen, groups, mean_and_spread, ranks, scores, tasks_of, told
+from benchmarks.rig.lines import Line, averages, chosen, groups, mean_and_spread, ranks, scores, tasks_of, told
 
 # Columns of costs: of one run, or of one adapter.
 COSTS: dict[str, Callable[[Line], float]] = {

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import runs
+from benchmarks.rig import runs
 
 runs.LOOK = 0.05
 

@@ -11,15 +11,26 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.paper.childtuning import ChildTuning
-from benchmarks.paper.diffpruning import DiffPruning
-from benchmarks.paper.houlsby import HoulsbyAdapter
-from benchmarks.paper.masked import candidates
-from benchmarks.paper.method import Setup, named_head
-from benchmarks.paper.methods_sam import SHARES, Sparse, over_its_size
-from benchmarks.paper.mixout import Mixout
+from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.diffpruning import DiffPruning
+from benchmarks.rig.houlsby import HoulsbyAdapter
+from benchmarks.rig.masked import candidates
+from benchmarks.rig.method import Setup, named_head
+from benchmarks.rig.methods_sam import SHARES, Sparse, over_its_size
+from benchmarks.rig.mixout import Mixout
 from peft_sam.choosing.threshold import budget_of
-from tests.benchmarks.paper_models import DENSITY, METHODS, MODELS, SPARSE, STEPS, changed, logits, make, train, weights
+from tests.benchmarks.rig.methods_on_models import (
+    DENSITY,
+    METHODS,
+    MODELS,
+    SPARSE,
+    STEPS,
+    changed,
+    logits,
+    make,
+    train,
+    weights,
+)
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.paper.masked import candidates, masks_of, sparse_bytes, train_only
-from benchmarks.paper.method import Method, Setup
+from benchmarks.rig.masked import candidates, masks_of, sparse_bytes, train_only
+from benchmarks.rig.method import Method, Setup
 from peft_sam import choose
 
 # the uniform noise of a gate keeps away from 0 and 1, where its logit is infinite (the authors' bounds)

@@ -14,7 +14,7 @@ from peft.utils import (
 )
 from torch import nn
 
-from benchmarks.paper.method import Method, Setup, named_rest
+from benchmarks.rig.method import Method, Setup, named_rest
 
 
 class Adapter(Method):

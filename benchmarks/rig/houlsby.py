@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from benchmarks.paper.masked import train_only
-from benchmarks.paper.method import Method, Setup
+from benchmarks.rig.masked import train_only
+from benchmarks.rig.method import Method, Setup
 
 # Endings of the names of the linear layers whose output goes to a residual sum, of attention and of the feed-forward
 # network: in BERT and the models built like it (attention.output.dense and output.dense), and in DistilBERT.

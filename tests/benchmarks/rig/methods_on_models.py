@@ -15,11 +15,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from benchmarks.paper.childtuning import ChildTuning
-from benchmarks.paper.diffpruning import DiffPruning
-from benchmarks.paper.houlsby import HoulsbyAdapter
-from benchmarks.paper.method import Method, Setup
-from benchmarks.paper.mixout import Mixout
+from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.diffpruning import DiffPruning
+from benchmarks.rig.houlsby import HoulsbyAdapter
+from benchmarks.rig.method import Method, Setup
+from benchmarks.rig.mixout import Mixout
 from tests.shared.cases import VOCABULARY, bert
 
 DENSITY = 0.05

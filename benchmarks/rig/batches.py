@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from benchmarks.paper.tasks import Row
+from benchmarks.rig.tasks import Row
 
 # Rows are sorted by length within so many batches, so that batches differ from epoch to epoch.
 BUCKET = 32

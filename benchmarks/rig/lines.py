@@ -10,7 +10,7 @@ from typing import Any
 
 from scipy.stats import rankdata
 
-from benchmarks.paper.tasks import TASKS
+from benchmarks.rig.tasks import TASKS
 
 Line = Mapping[str, Any]
 Common = tuple[tuple[str, Any], ...]

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from benchmarks.paper.method import Method, Setup, named_rest
+from benchmarks.rig.method import Method, Setup, named_rest
 
 
 class Full(Method):

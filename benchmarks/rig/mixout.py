@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.paper.masked import candidates
-from benchmarks.paper.method import Method, Setup, named_rest
+from benchmarks.rig.masked import candidates
+from benchmarks.rig.method import Method, Setup, named_rest
 
 
 class Mixed(nn.Module):

@@ -33,7 +33,7 @@ class Setup:
 
 
 class Method:
-    """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.paper.loop`).
+    """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.rig.loop`).
 
     The loop computes `model(**batch).loss`, adds `penalty`, runs backward, calls `after_backward`, clips gradients,
     steps the optimizer over `groups`, and calls `after_step`. Steps count from 0. Before every evaluation it enters

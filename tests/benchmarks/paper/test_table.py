@@ -6,10 +6,10 @@ import statistics
 
 import pytest
 
-from benchmarks.paper.compare import compare
-from benchmarks.paper.lines import averages, chosen, density_of, method_of, ranks, scores
 from benchmarks.paper.table import main_table, report
-from tests.benchmarks.paper_lines import LINES, line
+from benchmarks.rig.compare import compare
+from benchmarks.rig.lines import averages, chosen, density_of, method_of, ranks, scores
+from tests.benchmarks.lines import LINES, line
 
 COSTS = "| 1,234 | 2 | 1.5 | 2 | 250 | 3 |"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.method import Setup, named_head
+from benchmarks.rig.method import Setup, named_head
 from peft_sam import Selection
 from peft_sam.sparse.coding import code_length
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.paper.childtuning import ChildTuning
-from benchmarks.paper.diffpruning import DiffPruning, hard_concrete, likely_gate, open_probability
-from benchmarks.paper.houlsby import INIT, HoulsbyAdapter
-from benchmarks.paper.masked import candidates
-from benchmarks.paper.method import Setup, named_head
-from benchmarks.paper.mixout import Mixout
+from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.diffpruning import DiffPruning, hard_concrete, likely_gate, open_probability
+from benchmarks.rig.houlsby import INIT, HoulsbyAdapter
+from benchmarks.rig.masked import candidates
+from benchmarks.rig.method import Setup, named_head
+from benchmarks.rig.mixout import Mixout
 from peft_sam.choosing.threshold import budget_of
-from tests.benchmarks.paper_models import DENSITY, METHODS, STEPS, changed, logits, make, train, weights
+from tests.benchmarks.rig.methods_on_models import DENSITY, METHODS, STEPS, changed, logits, make, train, weights
 
 
 @pytest.mark.parametrize("method", ["Child-Tuning_D", "ChildPruning, every 3 steps"])

@@ -12,9 +12,9 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from benchmarks.paper.masked import candidates
-from benchmarks.paper.method import Method, Setup, mean_loss, named_head, named_rest
-from benchmarks.paper.methods_peft import saved_bytes
+from benchmarks.rig.masked import candidates
+from benchmarks.rig.method import Method, Setup, mean_loss, named_head, named_rest
+from benchmarks.rig.methods_peft import saved_bytes
 from peft_sam import SamConfig, Selection, accumulate, choose, select_parameters
 
 

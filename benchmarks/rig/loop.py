@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_linear_schedule_with_warmup
 
-from benchmarks.paper.method import Method, Setup, named_head
+from benchmarks.rig.method import Method, Setup, named_head
 from peft_sam.choosing.dense import endless
 
 Metric = Callable[[Any, Any], dict[str, float]]

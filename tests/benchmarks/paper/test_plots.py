@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from scipy.stats import spearmanr
 
 from benchmarks.paper.plots import curves, draw, draw_discontinuity, draw_sweep, relation, running_mean, sweep
-from tests.benchmarks.paper_lines import LINES, line
+from tests.benchmarks.lines import LINES, line
 
 SWEEP = [
     line(method, task, seed, 0.1, 0.6, value + 0.1 * seed)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from benchmarks.paper.run import Run
+    from benchmarks.rig.run import Run
 
 Lines = Mapping[str, dict[str, Any]]
 Execute = Callable[["Run"], dict[str, Any]]

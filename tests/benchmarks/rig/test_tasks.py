@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.common import tasks as known
-from benchmarks.paper.batches import Batches, collate
-from benchmarks.paper.models import TaskModel, build
-from benchmarks.paper.tasks import QUESTIONS, TASKS, PaperTask, _hold_out, encoded_task, load, without
-from tests.benchmarks.paper_data import HUB, hub_splits, write_model, write_tasks
+from benchmarks.rig.batches import Batches, collate
+from benchmarks.rig.models import TaskModel, build
+from benchmarks.rig.tasks import QUESTIONS, TASKS, PaperTask, _hold_out, encoded_task, load, without
+from tests.benchmarks.tiny import HUB, hub_splits, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def test_a_tenth_is_held_out_at_random_and_by_a_seed(monkeypatch: pytest.MonkeyP
     assert held_out == sorted(held_out)
     assert held_out not in ([*range(10)], [*range(90, 100)])
     assert sorted([*(row["label"] for row in train), *held_out]) == [*range(100)]
-    monkeypatch.setattr("benchmarks.paper.tasks.SPLIT_SEED", 1)
+    monkeypatch.setattr("benchmarks.rig.tasks.SPLIT_SEED", 1)
     assert _hold_out(rows)[1] != val
 
 

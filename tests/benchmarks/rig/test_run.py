@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from benchmarks.paper.__main__ import PRESETS, arguments, main, per_task, runs_of
-from benchmarks.paper.batches import Batches
-from benchmarks.paper.methods import METHODS, parse
-from benchmarks.paper.models import build
-from benchmarks.paper.run import Run, execute
-from benchmarks.paper.runs import Search, append
-from benchmarks.paper.tasks import TASKS, Row, encoded_task
-from tests.benchmarks.paper_data import write_model, write_tasks
-from tests.benchmarks.paper_lines import LINES
+from benchmarks.rig.batches import Batches
+from benchmarks.rig.methods import METHODS, parse
+from benchmarks.rig.models import build
+from benchmarks.rig.run import Run, execute
+from benchmarks.rig.runs import Search, append
+from benchmarks.rig.tasks import TASKS, Row, encoded_task
+from tests.benchmarks.lines import LINES
+from tests.benchmarks.tiny import write_model, write_tasks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -138,7 +138,7 @@ def test_all_methods_learn_from_the_same_rows_of_which_each_seed_drops_others(
             super().__init__(rows, *args)
             seen.append(rows)
 
-    monkeypatch.setattr("benchmarks.paper.run.Batches", Watched)
+    monkeypatch.setattr("benchmarks.rig.run.Batches", Watched)
     dropped = []
     for method, seed in (("head", 0), ("random", 0), ("sam", 0), ("head", 1)):
         seen.clear()

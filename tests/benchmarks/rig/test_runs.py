@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.paper import runs as many
-from benchmarks.paper.run import Run
-from benchmarks.paper.runs import append, plan, read, work
+from benchmarks.rig import runs as many
+from benchmarks.rig.run import Run
+from benchmarks.rig.runs import append, plan, read, work
 from tests.processes.launch import PATIENCE
 
-SCRIPT = Path(__file__).parents[1] / "processes" / "runs.py"
+SCRIPT = Path(__file__).parents[2] / "processes" / "runs.py"
 KEYS = {f"{task} {seed} {lr}" for task in "ab" for seed, lr in ((0, 0.1), (0, 0.2), (1, 0.2), (2, 0.2))}
 
 

@@ -19,12 +19,12 @@ from torch import nn
 
 import peft_sam
 from benchmarks.common import environment
-from benchmarks.paper.batches import Batches, in_order
-from benchmarks.paper.loop import Recipe, evaluate, train
-from benchmarks.paper.method import mean_loss, named_head
-from benchmarks.paper.methods import OF_THE_RUN, parse
-from benchmarks.paper.models import build, setup_of, where_is
-from benchmarks.paper.tasks import Row, encoded_task, without
+from benchmarks.rig.batches import Batches, in_order
+from benchmarks.rig.loop import Recipe, evaluate, train
+from benchmarks.rig.method import mean_loss, named_head
+from benchmarks.rig.methods import OF_THE_RUN, parse
+from benchmarks.rig.models import build, setup_of, where_is
+from benchmarks.rig.tasks import Row, encoded_task, without
 from peft_sam.choosing.dense import train_densely
 
 EVALUATION_BATCH = 64

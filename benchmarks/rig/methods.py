@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.paper.childtuning import ChildTuning
-from benchmarks.paper.diffpruning import DiffPruning
-from benchmarks.paper.houlsby import HoulsbyAdapter
-from benchmarks.paper.method import Method
-from benchmarks.paper.methods_dense import Full, HeadOnly
-from benchmarks.paper.methods_peft import Ia3, Lora, Shira, Supertuning
-from benchmarks.paper.methods_sam import BitFit, Sparse
-from benchmarks.paper.mixout import Mixout
+from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.diffpruning import DiffPruning
+from benchmarks.rig.houlsby import HoulsbyAdapter
+from benchmarks.rig.method import Method
+from benchmarks.rig.methods_dense import Full, HeadOnly
+from benchmarks.rig.methods_peft import Ia3, Lora, Shira, Supertuning
+from benchmarks.rig.methods_sam import BitFit, Sparse
+from benchmarks.rig.mixout import Mixout
 
 # A new method is one row.
 METHODS: dict[str, Callable[..., Method]] = {

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks.paper.masked import Masked, candidates, sparse_bytes, train_only
-from benchmarks.paper.method import Method, Setup
+from benchmarks.rig.masked import Masked, candidates, sparse_bytes, train_only
+from benchmarks.rig.method import Method, Setup
 from peft_sam import accumulate, choose
 from peft_sam.selecting.batches import from_loader
 

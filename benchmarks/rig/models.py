@@ -28,8 +28,8 @@ from transformers import AutoModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from benchmarks.common import tasks as known
-from benchmarks.paper.method import Setup
-from benchmarks.paper.tasks import PaperTask
+from benchmarks.rig.method import Setup
+from benchmarks.rig.tasks import PaperTask
 
 HEAD = ("head",)
 BODY = "body"
