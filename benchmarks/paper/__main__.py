@@ -7,7 +7,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from benchmarks.common import RESULTS
 from benchmarks.paper.plots import draw
@@ -16,25 +15,8 @@ from benchmarks.rig.compare import compare
 from benchmarks.rig.methods import METHODS, parse
 from benchmarks.rig.models import pooling_of
 from benchmarks.rig.run import Run, execute
-from benchmarks.rig.runs import plan, read, work_in_processes
+from benchmarks.rig.runs import carry_out, plan, read
 from benchmarks.rig.tasks import TASKS
-
-# Other defaults by name. "paper": what the paper says, and for the rest its authors' scripts/train.sh
-# (github.com/fuzihaofzh/AnalyzeParameterEfficientFinetune): validated every 500 steps, texts of 256 tokens, every
-# parameter of the encoder a candidate; 40 validations without a better one would end a run, which they do at 20,000.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "model": "roberta-base",
-        "lrs": [1e-4],
-        "batch": 16,
-        "density": 0.005,
-        "candidates": "all",
-        "max_steps": ["20000"],
-        "eval_every": ["500"],
-        "patience": 40,
-        "max_length": 256,
-    }
-}
 
 
 def canonical(text: str) -> str:
@@ -49,13 +31,12 @@ def canonical(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def parser(preset: str | None = None) -> argparse.ArgumentParser:
-    """All commands and options, with a preset's defaults."""
+def parser() -> argparse.ArgumentParser:
+    """All commands and options."""
     main = argparse.ArgumentParser(prog="python -m benchmarks.paper", description="The paper's experiments.")
     commands = main.add_subparsers(dest="command", required=True)
     runs = commands.add_parser("run", help="do runs; those that are done are skipped")
     add = runs.add_argument
-    add("--preset", choices=PRESETS, help="other defaults: roberta-base and the paper's hyper-parameters")
     add("--source", help='folder with <task>/train.jsonl, val.jsonl and test.jsonl, or "hub"', required=True)
     add("--out", type=Path, default=RESULTS / "paper", help="folder of the results")
     add("--model", default="minilm", help="minilm, or a model's folder or Hub name")
@@ -67,14 +48,11 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     add("--grid-seed", type=int, help="the seed on which the grid is run; by default the first of --seeds")
     add("--density", type=float, default=0.005)
     add("--candidates", choices=["linear", "all"], default="linear")
-    add("--max-steps", nargs="+", default=["1000"], help="steps, or task=steps for some tasks")
-    add("--max-seconds", type=float, help="of training in one run")
-    add("--eval-every", nargs="+", default=["50"], help="steps between validations, or task=steps for some tasks")
+    add("--max-steps", type=int, default=1000)
+    add("--eval-every", type=int, default=50, help="steps between validations")
     add("--patience", type=int, default=10, help="validations without a better one that end a run")
     add("--batch", type=int, default=16)
     add("--max-length", type=int, default=128, help="tokens")
-    add("--head-lr", type=float, help="learning rate of the head; by default that of the method")
-    add("--weight-decay", type=float, default=0.0)
     add("--drop", type=float, default=0.0, help="share of the training rows that each seed leaves out")
     add("--pooling", choices=["first", "mean"], help="by default as the model's folder says, else first")
     add("--precision", choices=["fp32", "bf16"], default="fp32", help="bf16: autocast in all forward passes")
@@ -82,7 +60,6 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     add("--curve", action="store_true", help="record the loss of each step")
     add("--jobs", type=int, default=1, help="processes")
     add("--threads", type=int, default=1, help="of each process")
-    runs.set_defaults(**PRESETS[preset] if preset else {})
     table = commands.add_parser("table", help="Markdown tables of the results")
     pairs = commands.add_parser("compare", help="a method against others, seed by seed")
     pairs.add_argument("methods", nargs="+", type=canonical, help="as they were run; the first against the others")
@@ -96,59 +73,27 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     return main
 
 
-def arguments(texts: Sequence[str] | None = None) -> argparse.Namespace:
-    """What the command line says; what it says itself goes before what its preset says."""
-    preset = getattr(parser().parse_args(texts), "preset", None)
-    return parser(preset).parse_args(texts)
-
-
-def per_task(values: list[str], task: str) -> int:
-    """`["200", "cb=100"]` → 100 for cb, 200 for others.
-
-    Raises:
-        ValueError: if none is for the task.
-    """
-    found = dict(value.rpartition("=")[::2] for value in values)
-    if task not in found and "" not in found:
-        raise ValueError(f"there is no number for {task} in {values}: add one, or one for all tasks.")
-    return int(found.get(task, found.get("", "")))
-
-
 def runs_of(args: argparse.Namespace) -> list[Run]:
     """One run for each task and method, to be multiplied by seeds and learning rates."""
+    pooling = args.pooling or pooling_of(args.model)
+    source = "hub" if args.source == "hub" else "folder"
+    same = ("model", "density", "candidates", "drop", "precision", "dropout", "max_length", "batch", "eval_every")
+    told = {name: getattr(args, name) for name in (*same, "patience")}
     return [
-        Run(
-            model=args.model,
-            task=task,
-            method=method,
-            seed=0,
-            lr=0.0,
-            steps=per_task(args.max_steps, task),
-            density=args.density,
-            candidates=args.candidates,
-            source="hub" if args.source == "hub" else "folder",
-            drop=args.drop,
-            pooling=args.pooling or pooling_of(args.model),
-            precision=args.precision,
-            dropout=args.dropout,
-            max_length=args.max_length,
-            batch=args.batch,
-            head_lr=args.head_lr,
-            weight_decay=args.weight_decay,
-            eval_every=per_task(args.eval_every, task),
-            patience=args.patience,
-            seconds=args.max_seconds,
-        )
+        Run(task=task, method=method, seed=0, lr=0.0, steps=args.max_steps, source=source, pooling=pooling, **told)
         for task in args.tasks
         for method in args.methods
     ]
 
 
-def main() -> int:
+def main(texts: Sequence[str] | None = None) -> int:
     """Do what the command line says; returns the exit status."""
-    args = arguments()
+    args = parser().parse_args(texts)
     if args.command == "run":
-        return run(args)
+        grid_seed = args.seeds[0] if args.grid_seed is None else args.grid_seed
+        searches = plan(runs_of(args), args.seeds, args.lrs, grid_seed)
+        do = partial(execute, source=args.source, curve=args.curve)
+        return carry_out(searches, args.out, do, args.jobs, args.threads, args.curve)
     lines = list(read(args.out).values())
     if args.command == "table":
         print(report(lines, args.split))
@@ -158,21 +103,6 @@ def main() -> int:
         for path in draw(lines, args.to):
             print(f"drawn: {path}")
     return 0
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do all runs; returns the exit status."""
-    grid_seed = args.seeds[0] if args.grid_seed is None else args.grid_seed
-    searches = plan(runs_of(args), args.seeds, args.lrs, grid_seed)
-    do = partial(execute, source=args.source, curve=args.curve)
-    try:
-        left = work_in_processes(searches, args.out, do, args.jobs, args.threads, args.curve)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        return 130
-    if left:
-        print(f"{left} runs are not done, because of the errors above", file=sys.stderr)
-    return int(left > 0)
 
 
 if __name__ == "__main__":

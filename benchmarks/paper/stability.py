@@ -188,7 +188,5 @@ def leave_one_out(problem: Problem, support: Tensor, others: Tensor | None = Non
         slopes = vmap(grad(problem.loss))(torch.lerp(whole.expand_as(without), without, share), problem.x, problem.y)
         rho = max(rho, float(slopes.norm(dim=1).max()))
         rho_support = max(rho_support, float(slopes[:, support].norm(dim=1).max()))
-    curvature = hessian(problem.risk)(whole)
-    block = curvature[support][:, support]
-    smallest, smallest_support = (float(torch.linalg.eigvalsh(of)[0]) for of in (curvature, block))
+    smallest, smallest_support = (smallest_eigenvalue(problem, whole, of) for of in (None, support))
     return Stability(whole, float(measured), rho, rho_support, smallest, smallest_support)

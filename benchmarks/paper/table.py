@@ -6,7 +6,18 @@ import math
 import statistics
 from collections.abc import Callable, Iterable
 
-from benchmarks.rig.lines import Line, averages, chosen, groups, mean_and_spread, ranks, scores, tasks_of, told
+from benchmarks.rig.lines import (
+    Line,
+    averages,
+    chosen,
+    groups,
+    markdown,
+    mean_and_spread,
+    ranks,
+    scores,
+    tasks_of,
+    told,
+)
 
 # Columns of costs: of one run, or of one adapter.
 COSTS: dict[str, Callable[[Line], float]] = {
@@ -63,12 +74,6 @@ def main_table(lines: Iterable[Line], split: str = "test") -> str:
         for method in sorted(methods, key=lambda method: -average.get(method, (-math.inf, None))[0])
     ]
     return markdown(["method", *tasks, "average", "spread", *COSTS, "lr"], rows)
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table: the first column at the left, the others at the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def report(lines: Iterable[Line], split: str = "test") -> str:

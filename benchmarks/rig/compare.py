@@ -6,8 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 
 from scipy.stats import ttest_rel
 
-from benchmarks.paper.table import markdown
-from benchmarks.rig.lines import Line, alike, chosen, headline, mean_and_spread, spread, told
+from benchmarks.rig.lines import Line, alike, chosen, headline, markdown, mean_and_spread, spread, told
 
 HEAD = ["method", "lr", "trained", "seeds", "score", "shared", "difference", "p"]
 # What methods that are compared may differ in.

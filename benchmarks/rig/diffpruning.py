@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from benchmarks.rig.masked import candidates, masks_of, sparse_bytes, train_only
-from benchmarks.rig.method import Method, Setup
+from benchmarks.rig.method import Method, Setup, named_head
 from peft_sam import choose
+from peft_sam.sparse.coding import code_length
 
 # the uniform noise of a gate keeps away from 0 and 1, where its logit is infinite (the authors' bounds)
 NOISE = (1e-4, 1 - 1e-4)
@@ -74,45 +74,37 @@ class DiffPruning(Method):
     """δ = z ⊙ w for all candidates with a penalty on P(z ≠ 0); then the ⌊p·m⌋ largest |δ|, trained on.
 
     For the first `burn_in` of the steps the gates and w are trained together. Then the k largest |δ| of all candidates
-    are kept (the authors' magnitude pruning) and w goes on with this mask. The authors give both parts equal steps,
-    the gates learning rate 0.1, log α⁰ = 5 and a penalty of 1.25e-7 on BERT-large. Their structured variant, with a
-    gate for each matrix besides, is left out.
+    are kept (the authors' magnitude pruning) and w goes on with this mask. The authors give both parts equal steps;
+    their structured variant, with a gate for each matrix besides, is left out.
 
-    Args:
+    Attributes:
         burn_in: share of the steps before the mask is fixed; 1 fixes it at the end only.
-        penalty: λ of λ Σ P(z ≠ 0), a sum over all candidate entries.
-        gate_lr: learning rate of log α.
-        log_alpha: where log α starts.
-        stretch: l < 0 and r > 1 of the gates.
         project_every: project δ to its k largest entries every so many steps of the burn-in, and go on with all. With
             burn_in=1 and 600 this is what Figure 3 of Fu et al. 2022 shows; None for no such steps.
+        weight: λ of the penalty λ Σ P(z ≠ 0) over all candidate entries; this and the rest are the authors' values.
+        gate_lr, log_alpha, stretch: learning rate of log α, where it starts, and l < 0 and r > 1 of the gates.
     """
 
     name: ClassVar[str] = "diffpruning"
+    weight: ClassVar[float] = 1.25e-7
+    gate_lr: ClassVar[float] = 0.1
+    log_alpha: ClassVar[float] = 5.0
+    stretch: ClassVar[tuple[float, float]] = (-1.5, 1.5)
 
-    def __init__(
-        self,
-        burn_in: float = 0.5,
-        penalty: float = 1.25e-7,
-        gate_lr: float = 0.1,
-        log_alpha: float = 5.0,
-        stretch: tuple[float, float] = (-1.5, 1.5),
-        project_every: int | None = None,
-    ) -> None:
+    def __init__(self, burn_in: float = 0.5, project_every: int | None = None) -> None:
         if not 0 < burn_in <= 1:
             raise ValueError(f"burn_in is a share of the steps, 0 < burn_in <= 1; got {burn_in!r}.")
-        if not stretch[0] < 0 < 1 < stretch[1]:
-            raise ValueError(f"stretch must reach below 0 and above 1, so that gates open and close; got {stretch!r}.")
         if project_every is not None and project_every < 1:
             raise ValueError(f"project_every must be None or at least 1 step; got {project_every!r}.")
-        self.burn_in, self.penalty_weight, self.gate_lr = burn_in, penalty, gate_lr
-        self.log_alpha, self.stretch, self.project_every = log_alpha, stretch, project_every
+        self.burn_in, self.project_every = burn_in, project_every
 
     def start(self, model: nn.Module, setup: Setup) -> nn.Module:
         """Freeze θ⁰ and add w = 0 and the gates to every candidate."""
         parameters = candidates(model, setup)
         generator = torch.Generator(next(iter(parameters.values())).device).manual_seed(setup.seed)
-        train_only(model, setup, [])
+        model.requires_grad_(False)
+        for _, parameter in named_head(model, setup):
+            parameter.requires_grad_(True)
         for name, parameter in parameters.items():
             module, _, attribute = name.rpartition(".")
             gated = Gated(parameter, self.log_alpha, self.stretch, generator)
@@ -131,7 +123,7 @@ class DiffPruning(Method):
         """λ Σ P(z ≠ 0) while there are gates."""
         found = [gated for gated in _gated(model).values() if not gated.fixed]
         sums = [open_probability(gated.log_alpha, *self.stretch).sum() for gated in found]
-        return self.penalty_weight * torch.stack(sums).sum() if sums else None
+        return self.weight * torch.stack(sums).sum() if sums else None
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Project at the end of the burn-in, and within it every `project_every` steps."""
@@ -144,28 +136,32 @@ class DiffPruning(Method):
         """Whether the mask is fixed."""
         return all(gated.fixed for gated in _gated(model).values())
 
-    def finish(self, model: nn.Module) -> None:
-        """Fix the mask if training ended before the burn-in did."""
-        if not self.settled(model, self.last_of_burn_in):
-            self._project(model, fix=True)
-
     def trained(self, model: nn.Module, setup: Setup) -> int:
         """The entries under the mask: ⌊p·m⌋ once it is fixed, all candidates before."""
         return sum(int(gated.mask.sum()) for gated in _gated(model).values())
 
     def stored_bytes(self, model: nn.Module, setup: Setup) -> int:
-        """δ under the mask, and the mask."""
-        return sparse_bytes(gated.mask for gated in _gated(model).values())
+        """δ under the mask, and the mask, coded as in the files of `peft_sam`."""
+        counts = [(int(gated.mask.sum()), gated.mask.numel()) for gated in _gated(model).values()]
+        return sum(code_length(entries, numel) + 4 * entries for entries, numel in counts if entries)
 
     def _project(self, model: nn.Module, fix: bool) -> None:
         gated = _gated(model)
         modes = {name: one.training for name, one in gated.items()}
         with torch.no_grad():
             deltas = {name: one.eval().delta() for name, one in gated.items()}
-        masks = masks_of(choose(deltas, score="magnitude", density=self.density), deltas)
+        chosen = choose(deltas, score="magnitude", density=self.density).indices
         for name, one in gated.items():
-            one.train(modes[name]).project(masks[name], fix)
+            mask = torch.zeros_like(one.mask)
+            mask.view(-1)[chosen[name].to(mask.device)] = True
+            one.train(modes[name]).project(mask, fix)
 
 
 def _gated(model: nn.Module) -> dict[str, Gated]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Gated)}
+
+
+def candidates(model: nn.Module, setup: Setup) -> dict[str, nn.Parameter]:
+    """The parameters that the candidate modules own, by name, in the model's order."""
+    wanted = set(setup.candidates)
+    return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in wanted}

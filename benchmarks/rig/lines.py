@@ -39,10 +39,11 @@ def density_of(line: Line) -> float:
 def alike(
     lines: Iterable[Line], apart: Collection[str], config_of: Callable[[Line], Mapping[str, Any]] = itemgetter("config")
 ) -> dict[Common, list[Line]]:
-    """Lines by their configuration, but for `apart`."""
+    """Lines by their configuration, but for `apart`; what is None is not told."""
     found: dict[Common, list[Line]] = defaultdict(list)
     for line in lines:
-        found[tuple((key, value) for key, value in config_of(line).items() if key not in apart)].append(line)
+        told = ((key, value) for key, value in config_of(line).items() if key not in apart and value is not None)
+        found[tuple(told)].append(line)
     return dict(found)
 
 
@@ -53,7 +54,7 @@ def groups(lines: Iterable[Line], apart: tuple[str, ...] = ()) -> dict[Common, l
 
 def told(common: Common) -> str:
     """What lines have in common, as text."""
-    return ", ".join(f"{key} {value}" for key, value in common if value is not None)
+    return ", ".join(f"{key} {value}" for key, value in common)
 
 
 def headline(scores: Mapping[str, float]) -> float:
@@ -119,3 +120,9 @@ def ranks(means: Mapping[str, float], largest_first: bool = True) -> dict[str, f
     """1 for the best; equals, up to rounding of their sums, share the mean of their ranks."""
     places = rankdata([round(-value if largest_first else value, 6) for value in means.values()])
     return dict(zip(means, places.tolist(), strict=True))
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A table: the first column at the left, the others at the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
+from benchmarks.rig.clock import Clock
 from benchmarks.rig.method import Method, Setup, named_head
 from peft_sam.choosing.dense import endless
 
@@ -25,21 +24,21 @@ class Recipe:
     """How every method is trained.
 
     Attributes:
-        lr: peak learning rate; grows over the first `warmup` of `steps` and then falls to zero, linearly.
+        lr: peak learning rate; grows over the first `warmup` of `steps` and then falls to zero, as `schedule` says.
         head_lr: of the head; None for `lr`.
+        schedule: a name that transformers knows; None for linear.
         eval_every, patience: validate each so many steps; stop after so many validations without a better one.
-        seconds: stop after so many seconds of training; None for no such end.
     """
 
     lr: float
     steps: int
     head_lr: float | None = None
     warmup: float = 0.06
+    schedule: str | None = None
     weight_decay: float = 0.0
     clip: float = 1.0
     eval_every: int = 50
     patience: int = 10
-    seconds: float | None = None
 
 
 @dataclass
@@ -49,10 +48,9 @@ class Trained:
     Attributes:
         best: validation scores of the model that was kept, and its mean loss.
         best_step, steps: the step that it is from, and how many there were.
-        stopped: "steps", "patience", "seconds" or "diverged".
+        stopped: "steps", "patience" or "diverged".
         history: (step, validation score, validation loss) each time.
         losses: of each step, the penalty left out.
-        training, evaluation: seconds.
     """
 
     best: dict[str, float] = field(default_factory=dict)
@@ -62,8 +60,6 @@ class Trained:
     stopped: str = "steps"
     history: list[tuple[int, float, float]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
-    training: float = 0.0
-    evaluation: float = 0.0
 
 
 @torch.no_grad()
@@ -127,19 +123,19 @@ def train(
     recipe: Recipe,
     batches: Iterable[dict[str, Tensor]],
     validate: Evaluate,
+    clock: Clock,
 ) -> Trained:
     """Train a model that `method.start` has readied, and leave it at its best.
 
     The best is the highest validation score, among equals the smallest validation loss: of small validation sets many
     models have the same score. A loss that is not finite ends the run.
     """
-    device = next(model.parameters()).device.type
     optimizer = torch.optim.AdamW(
         parameter_groups(method, model, setup, recipe), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
     )
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    schedule = get_linear_schedule_with_warmup(optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
-    found, best, worse, start = Trained(), Best(), 0, time.perf_counter()
+    schedule = get_scheduler(recipe.schedule or "linear", optimizer, round(recipe.warmup * recipe.steps), recipe.steps)
+    found, best, worse = Trained(), Best(), 0
     losses: list[Tensor] = []
     source = endless(batches)
     model.train()
@@ -148,22 +144,20 @@ def train(
         losses.append(loss.detach())
         penalty = method.penalty(model, step - 1)
         (loss if penalty is None else loss + penalty).backward()
-        method.after_backward(model, step - 1)
         nn.utils.clip_grad_norm_(trained, recipe.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         method.after_step(model, step - 1)
         found.steps = step
-        late = recipe.seconds is not None and time.perf_counter() - start > recipe.seconds
-        if step % recipe.eval_every and step < recipe.steps and not late:
+        if step % recipe.eval_every and step < recipe.steps:
             continue
         found.losses += torch.stack(losses).tolist()
         if not np.isfinite(found.losses[-len(losses) :]).all():
             found.stopped = "diverged"
             break
         losses.clear()
-        with _timed(found, device):
+        with clock.part("validation"):
             scores, value = validate(model)
         model.train()
         score = next(iter(scores.values()))
@@ -173,23 +167,8 @@ def train(
                 found.best, found.best_loss, found.best_step, worse = scores, value, step, 0
             else:
                 worse += 1
-        if worse >= recipe.patience or late:
-            found.stopped = "seconds" if late else "patience"
+        if worse >= recipe.patience:
+            found.stopped = "patience"
             break
     best.restore(model)
-    method.finish(model)
-    if not found.best and found.stopped != "diverged":  # the time was up before the method had settled
-        with _timed(found, device):
-            found.best, found.best_loss = validate(model)
-        found.best_step = found.steps
-    found.training = time.perf_counter() - start - found.evaluation
     return found
-
-
-@contextmanager
-def _timed(found: Trained, device: str) -> Iterator[None]:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    yield
-    found.evaluation += time.perf_counter() - start

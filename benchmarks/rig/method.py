@@ -18,7 +18,7 @@ class Setup:
     Attributes:
         density: p, the share of the candidates' entries that is trained, for the methods that have one.
         seed: of everything random in the method.
-        steps: optimizer steps of the run.
+        steps, lr: optimizer steps of the run, and its peak learning rate.
         batches: the training batches, dicts of tensors with labels; may be read again and again.
         head: names of the modules of the model that are the task's head: trained densely by every method.
         candidates: names of the modules of the model whose parameters are candidates.
@@ -27,6 +27,7 @@ class Setup:
     density: float
     seed: int
     steps: int
+    lr: float
     batches: Iterable[dict[str, Any]]
     head: tuple[str, ...]
     candidates: tuple[str, ...]
@@ -35,9 +36,8 @@ class Setup:
 class Method:
     """A way to fine-tune; the hooks are called by the one training loop (`benchmarks.rig.loop`).
 
-    The loop computes `model(**batch).loss`, adds `penalty`, runs backward, calls `after_backward`, clips gradients,
-    steps the optimizer over `groups`, and calls `after_step`. Steps count from 0. Before every evaluation it enters
-    nothing: a method whose model behaves differently in eval mode sees to that itself (`nn.Module.train`/`eval`).
+    The loop computes `model(**batch).loss`, adds `penalty`, runs backward, clips gradients, steps the optimizer over
+    `groups`, and calls `after_step`. Steps count from 0.
     """
 
     name: ClassVar[str]
@@ -54,26 +54,20 @@ class Method:
         """What is added to the loss of a step, if anything."""
         return None
 
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Between backward and the optimizer's step: gradients may be changed."""
-
     def after_step(self, model: nn.Module, step: int) -> None:
         """After the optimizer's step: parameters may be changed."""
-
-    def finish(self, model: nn.Module) -> None:
-        """After the last step, before the last evaluation."""
 
     def settled(self, model: nn.Module, step: int) -> bool:
         """Whether the model after so many steps is what the method would hand over; only then may it be the best."""
         return True
 
     def trained(self, model: nn.Module, setup: Setup) -> int:
-        """How many entries outside the head differ, or may differ, from the pretrained model."""
-        raise NotImplementedError
+        """How many entries outside the head are trained."""
+        return sum(p.numel() for _, p in named_rest(model, setup) if p.requires_grad)
 
     def stored_bytes(self, model: nn.Module, setup: Setup) -> int:
         """Size of what must be stored for the task besides the head and the pretrained model, in bytes."""
-        raise NotImplementedError
+        return sum(p.numel() * p.element_size() for _, p in named_rest(model, setup) if p.requires_grad)
 
 
 def mean_loss(model: nn.Module) -> Callable[[dict[str, Any]], Loss]:
@@ -81,15 +75,10 @@ def mean_loss(model: nn.Module) -> Callable[[dict[str, Any]], Loss]:
     return lambda batch: Loss(model(**batch).loss, len(batch["labels"]))
 
 
-def plain_name(name: str) -> str:
-    """The name that a parameter of a model wrapped by PEFT has in the model itself."""
-    return name.removeprefix("base_model.model.")
-
-
 def named_head(model: nn.Module, setup: Setup) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters of the head, by name; of a model as it was built or wrapped by PEFT."""
     for name, parameter in model.named_parameters():
-        if any(plain_name(name).startswith(f"{module}.") for module in setup.head):
+        if any(name.removeprefix("base_model.model.").startswith(f"{module}.") for module in setup.head):
             yield name, parameter
 
 

@@ -9,43 +9,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.adapters import BitFit, Full, Hybrid, Lora, Shira, Sparse, Supertuning
 from benchmarks.rig.diffpruning import DiffPruning
-from benchmarks.rig.houlsby import HoulsbyAdapter
 from benchmarks.rig.method import Method
-from benchmarks.rig.methods_dense import Full, HeadOnly
-from benchmarks.rig.methods_peft import Ia3, Lora, Shira, Supertuning
-from benchmarks.rig.methods_sam import BitFit, Sparse
-from benchmarks.rig.mixout import Mixout
 
 # A new method is one row.
 METHODS: dict[str, Callable[..., Method]] = {
     "full": Full,
-    "head": HeadOnly,
     "random": partial(Sparse, score="random"),
-    "mixout": Mixout,
     "bitfit": BitFit,
     "magnitude": partial(Sparse, score="magnitude"),
-    "houlsby": HoulsbyAdapter,
     "lora": Lora,
     "diffpruning": DiffPruning,
-    "childtuning": ChildTuning,
-    "childpruning": partial(ChildTuning, every=600),
     "sam": Sparse,
     "sam_tensor": partial(Sparse, budget="tensor"),
     "sam_curvature": partial(Sparse, score="sam_curvature"),
     "movement": partial(Sparse, score="movement", max_batches=200),
     "shira": Shira,
     "supertuning": Supertuning,
-    "ia3": Ia3,
+    "hybrid": Hybrid,
 }
 # Options that every method has: they change the run around it.
 OF_THE_RUN: dict[str, Any] = {
     "density": None,  # p of this method; the run's by default
     "candidates": None,  # "linear" or "all"; the run's by default
-    "exclude": "",  # parts of module names that are no candidates, joined by "|"
     "head_warmup": 0,  # steps in which the head alone is trained, before the method starts
-    "head_warmup_lr": 1e-3,
 }
 
 

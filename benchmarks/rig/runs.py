@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,27 +40,47 @@ class Search:
     Attributes:
         grid: one run per learning rate, all with the same seed.
         seeds: the other seeds.
+        widen: whether a best rate at an end of the grid asks for the next one beyond it.
     """
 
     grid: tuple[Run, ...]
     seeds: tuple[int, ...]
+    widen: bool = False
+
+    def wanted(self, lines: Lines) -> tuple[Run, ...]:
+        """The grid, as far as the lines say that it is to be widened."""
+        grid = sorted(self.grid, key=lambda run: run.lr)
+        while self.widen and (best := _best(grid, lines)) in (grid[0], grid[-1]):
+            new = replace(best, lr=beside(best.lr, best == grid[-1]))
+            grid = [*grid, new] if best == grid[-1] else [new, *grid]
+        return tuple(grid)
 
     def best(self, lines: Lines) -> Run | None:
         """The run of the grid with the best validation score, among equals the smallest loss; None until all ended."""
-        if any(run.key not in lines for run in self.grid):
-            return None
-        return max(self.grid, key=lambda run: rank_of(lines[run.key]))
+        return _best(self.wanted(lines), lines)
 
     def open(self, lines: Lines) -> list[Run]:
         """Runs that are ready and not done."""
         best = self.best(lines)
-        ready = self.grid if best is None else tuple(replace(best, seed=seed) for seed in self.seeds)
+        ready = self.wanted(lines) if best is None else tuple(replace(best, seed=seed) for seed in self.seeds)
         return [run for run in ready if run.key not in lines]
 
     def left(self, lines: Lines) -> int:
         """How many runs are to be done, ready or not."""
         best = self.best(lines)
         return len(self.open(lines)) + (len(self.seeds) if best is None else 0)
+
+
+def _best(grid: Sequence[Run], lines: Lines) -> Run | None:
+    if any(run.key not in lines for run in grid):
+        return None
+    return max(grid, key=lambda run: rank_of(lines[run.key]))
+
+
+def beside(lr: float, above: bool) -> float:
+    """The next learning rate of 1, 3, 10, 30, … times a power of ten."""
+    rates = [float(f"{digit}e{power}") for power in range(-9, 4) for digit in (1, 3)]
+    return min(rate for rate in rates if rate > 1.01 * lr) if above else max(rate for rate in rates if rate < 0.99 * lr)
 
 
 def rank_of(line: Mapping[str, Any]) -> tuple[float, float]:
@@ -69,10 +90,12 @@ def rank_of(line: Mapping[str, Any]) -> tuple[float, float]:
     return next(iter(line["val"].values())), -line["loss"]["val"]
 
 
-def plan(runs: Iterable[Run], seeds: Sequence[int], lrs: Sequence[float], grid_seed: int) -> list[Search]:
+def plan(
+    runs: Iterable[Run], seeds: Sequence[int], lrs: Sequence[float], grid_seed: int, widen: bool = False
+) -> list[Search]:
     """A search for each of `runs`, whose seeds and learning rates do not matter."""
     others = tuple(seed for seed in seeds if seed != grid_seed)
-    return [Search(tuple(replace(run, seed=grid_seed, lr=lr) for lr in lrs), others) for run in runs]
+    return [Search(tuple(replace(run, seed=grid_seed, lr=lr) for lr in lrs), others, widen) for run in runs]
 
 
 def read(folder: Path, curve: bool = False) -> dict[str, dict[str, Any]]:
@@ -166,26 +189,45 @@ def work_in_processes(
     processes = [
         context.Process(target=work, args=(searches, folder, execute, curve), daemon=True) for _ in range(jobs)
     ]
-    total = sum(len(search.grid) + len(search.seeds) for search in searches)
 
     def left() -> int:
-        return sum(search.left(read(folder, curve)) for search in searches)
+        lines = read(folder, curve)
+        return sum(search.left(lines) for search in searches)
+
+    def total() -> int:
+        lines = read(folder, curve)
+        return sum(len(search.wanted(lines)) + len(search.seeds) for search in searches)
 
     try:
         with _deaf_to_ctrl_c():
             for process in processes:
                 process.start()
-        with tqdm(total=total, initial=total - left(), desc="runs", unit="run", dynamic_ncols=True) as bar:
+        with tqdm(total=total(), initial=total() - left(), desc="runs", unit="run", dynamic_ncols=True) as bar:
             while any(process.is_alive() for process in processes):
                 for process in processes:
                     process.join(LOOK / len(processes))
-                show(bar, total - left(), read(folder).values())
+                bar.total = total()
+                show(bar, bar.total - left(), read(folder).values())
     finally:
         for process in processes:
             if process.is_alive():
                 process.terminate()
             process.join()
     return left()
+
+
+def carry_out(
+    searches: Sequence[Search], folder: Path, execute: Execute, jobs: int, threads: int, curve: bool = False
+) -> int:
+    """`work_in_processes` for a command: returns its exit status and says what is left."""
+    try:
+        left = work_in_processes(searches, folder, execute, jobs, threads, curve)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    if left:
+        print(f"{left} runs are not done, because of the errors above", file=sys.stderr)
+    return int(left > 0)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Lines of results as the paper's runner writes them, for the tests of its tables and figures."""
+"""Lines of results as the rig writes them, for the tests of tables and figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny encoders of several architectures, the paper's baselines on them, and a plain loop, for tests of the methods."""
+"""Tiny encoders of several architectures, methods on them, and a plain loop, for tests of the methods."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from transformers import (
     DistilBertConfig,
     DistilBertForSequenceClassification,
     RobertaConfig,
-    RobertaForMultipleChoice,
     RobertaForSequenceClassification,
 )
 
-from benchmarks.rig.childtuning import ChildTuning
+from benchmarks.rig.adapters import Hybrid, Sparse
 from benchmarks.rig.diffpruning import DiffPruning
-from benchmarks.rig.houlsby import HoulsbyAdapter
 from benchmarks.rig.method import Method, Setup
-from benchmarks.rig.mixout import Mixout
 from tests.shared.cases import VOCABULARY, bert
 
 DENSITY = 0.05
@@ -41,35 +38,28 @@ def roberta() -> nn.Module:
     return RobertaForSequenceClassification(RobertaConfig(**_shape()))
 
 
-def multiple_choice() -> nn.Module:
-    return RobertaForMultipleChoice(RobertaConfig(**_shape()))
-
-
 def distilbert() -> nn.Module:
     config = DistilBertConfig(vocab_size=VOCABULARY, dim=16, n_layers=2, n_heads=2, hidden_dim=32)
     return DistilBertForSequenceClassification(config)
 
 
-def _batch(choices: bool) -> dict[str, Tensor]:
-    shape = (6, 2, 7) if choices else (6, 7)
-    return {"input_ids": torch.randint(2, VOCABULARY, shape), "labels": torch.randint(0, 2, (6,))}
+def _batch() -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(2, VOCABULARY, (6, 7)), "labels": torch.randint(0, 2, (6,))}
 
 
 MODELS = {
     "BERT": (bert, ("classifier",)),
     "RoBERTa": (roberta, ("classifier",)),
-    "RoBERTa, multiple choice": (multiple_choice, ("classifier",)),
     "DistilBERT": (distilbert, ("pre_classifier", "classifier")),
 }
 METHODS: dict[str, Callable[[], Method]] = {
-    "Mixout": lambda: Mixout(0.7),
     "DiffPruning": DiffPruning,
     "DiffPruning, projected every 3 steps": lambda: DiffPruning(burn_in=1.0, project_every=3),
-    "Child-Tuning_D": ChildTuning,
-    "ChildPruning, every 3 steps": lambda: ChildTuning(every=3),
-    "Houlsby adapter": lambda: HoulsbyAdapter(size=3),
+    "SAM": Sparse,
+    "hybrid": Hybrid,
+    "hybrid, warmed": lambda: Hybrid(r=2, warm=3, scale=0.5),
 }
-SPARSE = [name for name in METHODS if name not in ("Mixout", "Houlsby adapter")]
+PRUNING = [name for name in METHODS if name.startswith("DiffPruning")]
 
 
 def make(name: str = "BERT") -> tuple[nn.Module, Setup]:
@@ -81,8 +71,8 @@ def make(name: str = "BERT") -> tuple[nn.Module, Setup]:
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     linear = [module for module, kind in model.named_modules() if isinstance(kind, nn.Linear)]
     modules = tuple(module for module in linear if not module.startswith(head))
-    batches = [_batch("multiple" in name) for _ in range(3)]
-    return model.eval(), Setup(DENSITY, 0, STEPS, batches, head, modules)
+    batches = [_batch() for _ in range(3)]
+    return model.eval(), Setup(DENSITY, 0, STEPS, 1e-2, batches, head, modules)
 
 
 def train(method: Method, model: nn.Module, setup: Setup, lr: float = 1e-2, **options: Any) -> list[float]:
@@ -95,11 +85,9 @@ def train(method: Method, model: nn.Module, setup: Setup, lr: float = 1e-2, **op
         losses.append(float(loss.detach()))
         extra = method.penalty(model, step)
         (loss if extra is None else loss + extra).backward()
-        method.after_backward(model, step)
         optimizer.step()
         method.after_step(model, step)
         optimizer.zero_grad()
-    method.finish(model)
     model.eval()
     return losses
 
@@ -114,7 +102,6 @@ def weights(model: nn.Module, setup: Setup) -> dict[str, Tensor]:
     found = {}
     for module in setup.candidates:
         owner = model.get_submodule(module)
-        owner = owner[0] if isinstance(owner, nn.Sequential) else owner
         found.update({f"{module}.{name}": getattr(owner, name).detach().clone() for name in ("weight", "bias")})
     return found
 

@@ -1,4 +1,4 @@
-"""The plan of the paper's runs: which are done, by whom; real processes that share a folder or are stopped."""
+"""The plan of many runs: which are done, by whom; real processes that share a folder or are stopped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from benchmarks.rig import runs as many
 from benchmarks.rig.run import Run
-from benchmarks.rig.runs import append, plan, read, work
+from benchmarks.rig.runs import append, beside, plan, read, work
 from tests.processes.launch import PATIENCE
 
 SCRIPT = Path(__file__).parents[2] / "processes" / "runs.py"
@@ -49,8 +49,22 @@ def test_the_learning_rate_is_chosen_on_validation_alone_and_used_for_the_other_
     assert [(r.seed, r.lr) for r in search.open(lines)] == [(4, 0.3), (5, 0.3)]
 
 
+def test_a_best_rate_at_an_end_of_a_grid_that_may_grow_asks_for_the_next_one_beyond_it() -> None:
+    (search,) = plan([run_of()], seeds=[0, 1], lrs=[6e-3, 1e-2, 3e-3], grid_seed=0, widen=True)
+    lines: dict[str, dict[str, Any]] = {}
+    asked = []
+    worth = {3e-3: 0.4, 6e-3: 0.5, 1e-2: 0.6, 3e-2: 0.7, 1e-1: 0.1}
+    while (runs := search.open(lines)) and runs[0].seed == 0:
+        assert search.left(lines) == len(runs) + 1
+        asked += [run.lr for run in runs]
+        lines |= {run.key: line_of(run, worth[run.lr], 0.0) for run in runs}
+    assert asked == [3e-3, 6e-3, 1e-2, 3e-2, 1e-1]
+    assert [(run.seed, run.lr) for run in runs] == [(1, 3e-2)]
+    assert [beside(6e-3, above) for above in (True, False)] == [1e-2, 3e-3]
+
+
 def test_finished_runs_are_skipped_and_a_half_line_is_not_one(tmp_path: Path) -> None:
-    searches = plan([run_of(method="head")], seeds=[0, 1], lrs=[1e-2, 1e-3], grid_seed=0)
+    searches = plan([run_of(method="lora")], seeds=[0, 1], lrs=[1e-2, 1e-3], grid_seed=0)
     append(tmp_path, line_of(searches[0].grid[0], 0.5, 0.5))
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text(file.read_text() + '{"key": "half')
@@ -105,7 +119,7 @@ def test_a_run_that_somebody_else_has_is_not_done_twice(tmp_path: Path, monkeypa
 
 
 def test_a_failing_run_is_told_and_the_others_are_done(tmp_path: Path, capsys: Any) -> None:
-    searches = plan([run_of(), run_of(method="head")], seeds=[0], lrs=[1e-2], grid_seed=0)
+    searches = plan([run_of(), run_of(method="lora")], seeds=[0], lrs=[1e-2], grid_seed=0)
 
     def pretend(run: Run) -> dict[str, Any]:
         if run.method == "sam":

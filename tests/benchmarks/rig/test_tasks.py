@@ -1,22 +1,21 @@
-"""The paper's tasks and models: what is read, held out and dropped, and what the heads compute, beside slow oracles."""
+"""Tasks and models: what is read, held out and dropped, and what models compute, beside slow oracles."""
 
 from __future__ import annotations
 
-import math
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
 from benchmarks.common import tasks as known
+from benchmarks.rig import language
 from benchmarks.rig.batches import Batches, collate
-from benchmarks.rig.models import TaskModel, build
-from benchmarks.rig.tasks import QUESTIONS, TASKS, PaperTask, _hold_out, encoded_task, load, without
-from tests.benchmarks.tiny import HUB, hub_splits, write_model, write_tasks
+from benchmarks.rig.models import build, candidate_modules, data_of
+from benchmarks.rig.tasks import HELD_OUT_SENTENCES, ORDER, hold_out, load, without
+from tests.benchmarks.tiny import HUB, hub_splits, write_language_model, write_model, write_tasks
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +28,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_language_model(tmp_path_factory.mktemp("model") / "llama")
+
+
+@pytest.mark.parametrize("name", HUB)
 def test_the_hub_gives_the_same_rows_with_another_tenth_held_out(
-    name: str, data: str, monkeypatch: pytest.MonkeyPatch
+    name: str, data: str, tiny: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
     splits = hub_splits(name, data)
     monkeypatch.setattr(known, "load_dataset", lambda *where: asked.append(where) or splits)
-    hub, again, folder = load(name, "hub"), load(name, "hub"), load(name, data)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    hub, again, folder = (load(name, source, tokenizer, 128) for source in ("hub", "hub", data))
     assert asked == [HUB[name][0]] * 2
     assert hub.test == folder.test  # the official validation split, with its columns and labels
     assert len(hub.test) == 7
@@ -45,19 +50,72 @@ def test_the_hub_gives_the_same_rows_with_another_tenth_held_out(
     assert len(held_out) == round(0.1 * len(every)) == 3
     assert hub.train == [row for number, row in enumerate(every) if number not in held_out]
     assert (hub.train, hub.val) == (again.train, again.val)
-    for attribute in ("kind", "num_labels", "regression", "metric"):
+    for attribute in ("num_labels", "regression", "metric"):
         assert getattr(hub, attribute) == getattr(folder, attribute)
+
+
+def test_a_folder_without_validation_rows_and_a_task_that_is_none_are_told(
+    data: str, tiny: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rte").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "rte" / f"{split}.jsonl").write_text(Path(data, "rte", f"{split}.jsonl").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    with pytest.raises(FileNotFoundError, match=r"val\.jsonl"):
+        load("rte", str(tmp_path), tokenizer, 128)
+    with pytest.raises(ValueError, match="got 'copa'"):
+        load("copa", data, tokenizer, 128)
+
+
+def test_a_sentence_and_its_scrambled_twin_are_in_the_same_split_of_the_word_order(data: str, tiny: str) -> None:
+    task = data_of(ORDER, data, tiny, 128)
+    assert len(task.val) == len(task.test) == HELD_OUT_SENTENCES
+    for rows in (task.train, task.val, task.test):
+        assert [row["labels"] for row in rows] == [1, 0] * (len(rows) // 2)
+
+
+def test_the_documentation_s_blocks_are_whole_and_those_held_out_are_of_other_topics(data: str, llama: str) -> None:
+    task = language.load(data, AutoTokenizer.from_pretrained(llama), 32, (9, 8, 3))
+    assert {len(row["input_ids"]) for rows in (task.train, task.val, task.test) for row in rows} == {32}
+    assert [row["labels"] for row in task.test] == [language.DOCUMENTATION] * 8 + [language.OTHER] * 3
+    assert len(task.val) == 9
+    train, val, test = ({tuple(row["input_ids"]) for row in rows} for rows in (task.train, task.val, task.test))
+    assert not val & test
+    assert len((val | test) & train) <= 1  # a line of stars may be anywhere
+
+
+def test_a_language_model_s_output_is_the_mean_log_likelihood_of_a_block_after_its_first_token(
+    data: str, llama: str
+) -> None:
+    task = data_of(language.DOCS, data, llama, 32)
+    model = build(llama, task, "first", 0).eval()
+    rows = [*task.test[:2], *task.test[-2:]]
+    with torch.no_grad():
+        found = model(**collate(rows, padding=0))
+        expected = []
+        for row in rows:
+            ids = torch.tensor(row["input_ids"])
+            likelihoods = model.body(input_ids=ids[None]).logits[0].log_softmax(-1)
+            expected.append(likelihoods[:-1].gather(1, ids[1:, None]).mean())
+    torch.testing.assert_close(found.logits, torch.stack(expected))
+    assert float(found.loss) == pytest.approx(-float(torch.stack(expected).mean()), rel=1e-5)
+    both = language.log_likelihoods(found.logits.numpy(), [row["labels"] for row in rows])
+    assert both["documentation"] == pytest.approx(float(torch.stack(expected)[:2].mean()), rel=1e-5)
+    assert both["other"] == pytest.approx(float(torch.stack(expected)[2:].mean()), rel=1e-5)
+    linear = candidate_modules(model, "linear")
+    assert len(linear) == 2 * 7
+    assert "body.lm_head" not in linear
 
 
 def test_a_tenth_is_held_out_at_random_and_by_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"label": number} for number in range(100)]
-    train, val = _hold_out(rows)
+    train, val = hold_out(rows)
     held_out = [row["label"] for row in val]
     assert held_out == sorted(held_out)
     assert held_out not in ([*range(10)], [*range(90, 100)])
     assert sorted([*(row["label"] for row in train), *held_out]) == [*range(100)]
     monkeypatch.setattr("benchmarks.rig.tasks.SPLIT_SEED", 1)
-    assert _hold_out(rows)[1] != val
+    assert hold_out(rows)[1] != val
 
 
 def test_what_is_dropped_differs_by_seed_and_keeps_the_order_of_the_rest() -> None:
@@ -82,80 +140,27 @@ def test_each_epoch_has_every_row_once_in_other_batches() -> None:
     assert [batch["labels"].tolist() for batch in Batches(rows, 5, seed=0, padding=0)] == first
 
 
-def states(model: TaskModel, row: dict[str, Any]) -> Tensor:
-    """Last hidden states (tokens, width) of one text alone, without padding."""
-    names = ("input_ids", "attention_mask", "token_type_ids")
-    return model.body(**{name: torch.tensor([row[name]]) for name in names if name in row}).last_hidden_state[0]
-
-
-def vector(model: TaskModel, row: dict[str, Any]) -> Tensor:
-    """Of one text, as the model pools."""
-    every = states(model, row)
-    return every[0] if model.pooling == "first" else every.mean(0)
-
-
-def head(model: TaskModel, x: Tensor) -> Tensor:
-    """The head of texts and choices, without dropout."""
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_two_texts_are_one_vector_through_the_head(pooling: str, data: str, tiny: str) -> None:
+    task = data_of("rte", data, tiny, 128)
+    model: Any = build(tiny, task, pooling, 0).eval()
     dense, out = model.head.dense, model.head.out
-    return out.weight @ torch.tanh(dense.weight @ x + dense.bias) + out.bias
-
-
-def ready(name: str, data: str, tiny: str, pooling: str = "first") -> tuple[TaskModel, PaperTask, PaperTask]:
-    """A model whose head is no longer near zero, the task as token numbers and as texts."""
-    task = encoded_task(name, data, tiny, 128)
-    model = build(tiny, task, pooling, 0).eval()
     with torch.no_grad():
         for parameter in model.head.parameters():
             parameter.normal_(std=0.3)
-    return model, task, load(name, data)
-
-
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_two_texts_are_one_vector_through_the_head(pooling: str, data: str, tiny: str) -> None:
-    model, task, _ = ready("rte", data, tiny, pooling)
-    with torch.no_grad():
-        expected = torch.stack([head(model, vector(model, row)) for row in task.test])
+        expected = []
+        for row in task.test:  # each alone, without padding
+            tokens = {name: torch.tensor([ids]) for name, ids in row.items() if name != "labels"}
+            states = model.body(**tokens).last_hidden_state[0]
+            vector = states[0] if pooling == "first" else states.mean(0)
+            expected.append(out.weight @ torch.tanh(dense.weight @ vector + dense.bias) + out.bias)
         found = model(**collate(task.test, padding=0))
-    torch.testing.assert_close(found.logits, expected)
+    torch.testing.assert_close(found.logits, torch.stack(expected))
+    labels = torch.tensor([row["labels"] for row in task.test])
+    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(torch.stack(expected), labels))
 
 
-@pytest.mark.parametrize("pooling", ["first", "mean"])
-def test_copa_compares_its_two_choices_each_read_alone_after_premise_and_question(
-    pooling: str, data: str, tiny: str
-) -> None:
-    model, task, _ = ready("copa", data, tiny, pooling)
-    tokenizer, losses, logits = AutoTokenizer.from_pretrained(tiny), [], []
-    rows = known.read_lines(Path(data, "copa", "test.jsonl"))
-    with torch.no_grad():
-        for row in rows:
-            ask = f"{row['premise']} {QUESTIONS[row['question']]}"
-            a, b = (float(head(model, vector(model, tokenizer(ask, row[choice])))) for choice in ("choice1", "choice2"))
-            logits.append([a, b])
-            right = (a, b)[row["label"]]
-            losses.append(math.log(math.exp(a) + math.exp(b)) - right)
-        found = model(**collate(task.test, padding=0))
-    torch.testing.assert_close(found.logits, torch.tensor(logits), rtol=1e-4, atol=1e-5)
-    assert float(found.loss) == pytest.approx(sum(losses) / len(losses), rel=1e-4)
-
-
-def test_wsc_compares_two_spans_each_a_mean_of_its_tokens_weighted_by_attention(data: str, tiny: str) -> None:
-    model, task, _ = ready("wsc", data, tiny)
-    tokenizer, logits = AutoTokenizer.from_pretrained(tiny), []
-    attention, out = model.head.attention, model.head.out
-    rows = known.read_lines(Path(data, "wsc", "test.jsonl"))
-    with torch.no_grad():
-        for row, encoded in zip(rows, task.test, strict=True):
-            pieces = [len(tokenizer.tokenize(word)) for word in row["text"].split()]
-            every, spans = states(model, encoded), []
-            for number in (1, 2):
-                word = row["target"][f"span{number}_index"]
-                words = len(row["target"][f"span{number}_text"].split())
-                first = 1 + sum(pieces[:word])  # after [CLS]
-                inside = every[first : first + sum(pieces[word : word + words])]
-                weights = [math.exp(float(attention.weight[0] @ h + attention.bias)) for h in inside]
-                spans.append(sum(w * h for w, h in zip(weights, inside, strict=True)) / sum(weights))
-            logits.append(out.weight @ torch.cat(spans) + out.bias)
-        found = model(**collate(task.test, padding=0))
-    torch.testing.assert_close(found.logits, torch.stack(logits), rtol=1e-4, atol=1e-5)
-    labels = torch.tensor([int(row["label"]) for row in rows])
-    torch.testing.assert_close(found.loss, torch.nn.functional.cross_entropy(torch.stack(logits), labels))
+@pytest.mark.parametrize("wrong", [{"pooling": "last"}, {"pooling": "mean", "precision": "fp16"}], ids=str)
+def test_a_pooling_or_precision_that_there_is_not_is_told(wrong: dict[str, str], data: str, tiny: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        build(tiny, data_of("rte", data, tiny, 128), seed=0, **wrong)

@@ -1,0 +1,58 @@
+"""Running text for a language model: Python's documentation to learn, and other English that is to be kept."""
+
+from __future__ import annotations
+
+import random
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.common import tasks as known
+from benchmarks.rig.tasks import Data, Row
+
+DOCS = "docs"
+SPLIT_SEED = 0
+# Blocks of held-out topics in the validation rows and in the test rows, and of other text in the test rows.
+HELD_OUT = (64, 128, 64)
+# What the labels of the rows say.
+DOCUMENTATION, OTHER = 0, 1
+
+
+def log_likelihoods(outputs: Any, labels: Any) -> dict[str, float]:
+    """Mean log-likelihood of a token, in nats, of the documentation and of the other text, where there is some."""
+    values, kinds = np.asarray(outputs), np.asarray(labels)
+    found = {"documentation": DOCUMENTATION, "other": OTHER}
+    return {name: float(values[kinds == kind].mean()) for name, kind in found.items() if (kinds == kind).any()}
+
+
+def load(
+    source: str, tokenizer: PreTrainedTokenizerBase, length: int, held_out: tuple[int, int, int] = HELD_OUT
+) -> Data:
+    """Blocks of `length` tokens of `help("topics")`; validation and test are of topics that are not trained on.
+
+    Args:
+        source: the folder, or "hub", whose RTE premises (of its development set) are the other text of the test rows.
+    """
+    names = sorted(topics)
+    random.Random(SPLIT_SEED).shuffle(names)
+    splits: list[list[Row]] = []
+    for wanted in held_out[:2]:
+        rows: list[Row] = []
+        while len(rows) < wanted:
+            rows += blocks(topics[names.pop()], tokenizer, length, DOCUMENTATION)
+        splits.append(rows[:wanted])
+    val, test = splits
+    train = blocks("\n\n".join(topics[name] for name in names), tokenizer, length, DOCUMENTATION)
+    task = known.hub_task("rte") if source == "hub" else known.folder_task(source, "rte")
+    premises = "\n\n".join(dict.fromkeys(task.validation["text_a"]))
+    other = blocks(premises, tokenizer, length, OTHER)[: held_out[2]]
+    return Data(0, False, log_likelihoods, train, val, test + other, measured=32)
+
+
+def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int, kind: int) -> list[Row]:
+    """The text's tokens in whole blocks."""
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    starts = range(0, len(ids) - length + 1, length)
+    return [{"input_ids": ids[at : at + length], "attention_mask": [1] * length, "labels": kind} for at in starts]
