@@ -1,4 +1,4 @@
-"""Laws of the support matrix, docs/support.md: its rows are those of the code, and each is shown by a test."""
+"""Laws of the pages: the support matrix has the rows of the code, each shown by a test; they are whole, and short."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from markdown_it import MarkdownIt
 from peft import get_peft_model
 
+import peft_sam
 from peft_sam import SamConfig, SamLayer
 from peft_sam.export.formats import FORMATS
 from peft_sam.layers.make import LAYERS
@@ -16,15 +17,18 @@ from peft_sam.scores import SCORES
 from tests.layers.test_compile import COMPILABLE
 from tests.layers.test_quantised import KINDS, WRITABLE
 from tests.shared.cases import FAMILIES, MODULES, ModuleCase, names
+from tests.test_architecture import BETWEEN
 
-PAGE = Path(__file__).parent.parent / "docs" / "support.md"
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+MATRIX = ROOT / "docs" / "support.md"
 LINK = re.compile(r"\[`(\w+)`\]\((\S+)\)")
 
 
-def tables() -> dict[str, list[list[str]]]:
+def tables(page: Path) -> dict[str, list[list[str]]]:
     """Heading → the cells of the rows of the table below it, without the head."""
     found: dict[str, list[list[str]]] = {}
-    tokens = MarkdownIt("commonmark").enable("table").parse(PAGE.read_text())
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text())
     heading, kind = "", ""
     for token in tokens:
         if token.type == "tr_open" and kind == "tbody_open":
@@ -38,7 +42,7 @@ def tables() -> dict[str, list[list[str]]]:
     return found
 
 
-TABLES = tables()
+TABLES = tables(MATRIX)
 
 
 def column(heading: str, number: int = 0) -> list[str]:
@@ -73,4 +77,30 @@ def test_each_row_names_a_test_that_there_is(heading: str) -> None:
         shown = LINK.findall(row[-1])
         assert shown, row
         for test, file in shown:
-            assert f"\ndef {test}(" in (PAGE.parent / file).read_text(), row
+            assert f"\ndef {test}(" in (MATRIX.parent / file).read_text(), row
+
+
+def test_the_page_of_the_house_has_its_rooms_and_what_they_import() -> None:
+    (rows,) = tables(ROOT / "docs" / "house.md").values()
+    said = {room.strip("`"): set(re.findall(r"`(\w+)`", imported)) for room, _, imported in rows}
+    assert said == {room: imported for room, imported in BETWEEN.items() if room != "__init__"}
+
+
+def test_everything_public_is_in_the_reference() -> None:
+    text = (ROOT / "docs" / "reference.md").read_text()
+    assert [name for name in peft_sam.__all__ if f":: peft_sam.{name}\n" not in text] == []
+
+
+def words(page: Path) -> int:
+    return sum(any(map(str.isalnum, word)) for word in page.read_text().split())
+
+
+def test_the_front_door_is_on_one_screen() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+    assert words(ROOT / "README.md") <= 1400
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_answers_one_question_and_the_index_leads_to_it(page: Path) -> None:
+    assert words(page) <= 800
+    assert page.stem == "index" or f"({page.name})" in (ROOT / "docs" / "index.md").read_text()
