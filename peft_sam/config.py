@@ -20,6 +20,8 @@ BUDGETS = ("global", "tensor")
 # how the curvature is estimated → the statistic of the pass that it is made from
 CURVATURES = {"fisher": "squared_gradient", "hutchinson": "hessian"}
 SHORTHANDS = ("all-linear", "all")
+# fields that are lists of names
+LISTS = ("modules_to_save", "target_parameters")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -27,9 +29,9 @@ SAVE_DTYPES = ("float32", "bfloat16", "float16")
 class SamConfig(PeftConfig):
     """Configuration of a SAM sparse adapter.
 
-    SAM here is the Second-order Approximation Method of Fu et al. 2022 (arXiv 2211.15583): train only the ⌊p·m⌋
-    entries of a pretrained model with the largest squared gradient of the task's mean loss. It has nothing to do
-    with sharpness-aware minimisation, nor with Segment Anything and its `transformers.SamConfig`.
+    SAM here is the Second-order Approximation Method of Fu et al. 2022 (https://arxiv.org/abs/2211.15583): train only
+    the ⌊p·m⌋ entries of a pretrained model with the largest squared gradient of the task's mean loss. It has nothing to
+    do with sharpness-aware minimisation, nor with Segment Anything and its `transformers.SamConfig`.
 
     Raises:
         ValueError: at construction, for a value out of range or options that contradict each other.
@@ -53,11 +55,32 @@ class SamConfig(PeftConfig):
             "parameters."
         },
     )
+    target_parameters: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names or name endings of parameters that are candidates besides, such as the fused weights of "
+            "experts, 'experts.down_proj'. With target_modules=[] they are the only ones."
+        },
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, name endings or a regular expression of modules to leave alone."}
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules trained and saved densely besides the adapter, such as the head."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the word embeddings that are trained and saved densely besides the adapter, such as those "
+            "of new tokens: their numbers, or module name → numbers. What is tied to the embeddings follows."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether a word embedding in `modules_to_save` or `trainable_token_indices` stays tied to the "
+            "layers that it is tied to. A target always does: its one delta is seen by all uses of the parameter."
+        },
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers that are targeted; None for all."}
@@ -113,6 +136,9 @@ class SamConfig(PeftConfig):
         metadata={"help": "What was selected (entries per parameter and their origin). Filled in; do not set."},
     )
 
+    # whether the adapter's targets name word embeddings that are tied in its model: told by the tuner
+    names_tied = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = SAM_SPARSE
@@ -123,9 +149,10 @@ class SamConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def _check(self) -> None:
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
             _check_names(name, getattr(self, name))
-        for name in ("fan_in_fan_out", "absolute_damping", "init_weights", "strict_base"):
+        _check_tokens(self.trainable_token_indices)
+        for name in ("fan_in_fan_out", "absolute_damping", "init_weights", "strict_base", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False; got {shown(getattr(self, name))}.")
         for name in ("base_model_name_or_path", "revision"):
@@ -211,12 +238,22 @@ class SamConfig(PeftConfig):
         return found
 
 
+def _check_tokens(value: Any) -> None:
+    named = isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+    for numbers in value.values() if named else [] if value is None else [value]:
+        if not isinstance(numbers, (list, tuple)) or not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
+            raise ValueError(
+                "trainable_token_indices must be None, a list of row numbers from 0, or a map from module name to such "
+                f"a list; got {shown(value)}."
+            )
+
+
 def _check_names(field_name: str, value: Any) -> None:
     names = value if isinstance(value, (list, tuple, set)) else [value]
     if value is not None and not all(isinstance(name, str) for name in names):
         raise ValueError(f"{field_name} must be None, a text or a list of texts; got {shown(value)}.")
-    if isinstance(value, str) and field_name == "modules_to_save":
-        raise ValueError(f"modules_to_save must be None or a list of module names; got {shown(value)}.")
+    if isinstance(value, str) and field_name in LISTS:
+        raise ValueError(f"{field_name} must be None or a list of names; got {shown(value)}.")
     if isinstance(value, str) and field_name != "layers_pattern":
         try:
             re.compile(value)

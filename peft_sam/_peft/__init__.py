@@ -15,6 +15,7 @@ Imported by: config, layers, files, tuner.
 from peft_sam._peft.files import reads_sparse
 from peft_sam._peft.kind import SAM_SPARSE
 from peft_sam._peft.names import (
+    EMBEDDING_LAYER_NAMES,
     SUPPORTED_PEFT,
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -26,10 +27,13 @@ from peft_sam._peft.names import (
     check_target_module_exists,
     dare_linear,
     dare_ties,
+    get_input_embeddings_name,
     hotswap,
     hotswap_adapter_from_state_dict,
+    keep_saved_modules_tied,
     load_peft_weights,
     magnitude_prune,
+    match_target_against_key,
     prepare_swap,
     task_arithmetic,
     ties,
@@ -38,6 +42,7 @@ from peft_sam._peft.quantised import quantization_backend
 from peft_sam._peft.register import register
 
 __all__ = [
+    "EMBEDDING_LAYER_NAMES",
     "SAM_SPARSE",
     "SUPPORTED_PEFT",
     "AuxiliaryTrainingWrapper",
@@ -50,10 +55,13 @@ __all__ = [
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
+    "get_input_embeddings_name",
     "hotswap",
     "hotswap_adapter_from_state_dict",
+    "keep_saved_modules_tied",
     "load_peft_weights",
     "magnitude_prune",
+    "match_target_against_key",
     "prepare_swap",
     "quantization_backend",
     "reads_sparse",

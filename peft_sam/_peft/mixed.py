@@ -31,6 +31,11 @@ class MixedModel(_Plain):
         else:
             super()._create_and_replace(config, *args, **kwargs)
 
+    def _inject_parameters(self, peft_config: Any, *args: Any, **kwargs: Any) -> list[str]:
+        if is_sparse(peft_config):
+            return tuner()._inject_parameters(self, peft_config, *args, **kwargs)
+        return super()._inject_parameters(peft_config, *args, **kwargs)
+
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, or that of the sparse tuner on top of it."""
         if is_sparse(self.peft_config[adapter_name]):

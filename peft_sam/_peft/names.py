@@ -19,6 +19,7 @@ try:
         PEFT_TYPE_TO_PREFIX_MAPPING,
         PEFT_TYPE_TO_TUNER_MAPPING,
     )
+    from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import (
         BaseTuner,
         BaseTunerLayer,
@@ -29,6 +30,7 @@ try:
         _ExcludedModule as ExcludedModule,
     )
     from peft.utils import hotswap, save_and_load
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
     from peft.utils.error import NoMatchingPeftModuleError
     from peft.utils.hotswap import (
         _convert_scalings_to_tensor as prepare_swap,
@@ -38,7 +40,8 @@ try:
         load_peft_weights,
     )
     from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
-    from peft.utils.other import AuxiliaryTrainingWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, match_target_against_key
+    from peft.utils.other import _get_input_embeddings_name as get_input_embeddings_name
     from peft.utils.quantization_utils import (
         ForwardOnlyQuantizationBackend,
         QuantizationBackend,
@@ -51,7 +54,11 @@ except ImportError as error:
         f'needs ({error}). Install a supported version: pip install "{SUPPORTED_PEFT}"'
     ) from error
 
+# Has the copies that modules_to_save makes of tied layers share their parameters: (tuner, config, names).
+keep_saved_modules_tied = LoraModel._add_modules_to_save_to_tie
+
 __all__ = [
+    "EMBEDDING_LAYER_NAMES",
     "PEFT_TYPE_TO_CONFIG_MAPPING",
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING",
     "PEFT_TYPE_TO_PREFIX_MAPPING",
@@ -68,11 +75,14 @@ __all__ = [
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
+    "get_input_embeddings_name",
     "get_quantization_kwargs",
     "hotswap",
     "hotswap_adapter_from_state_dict",
+    "keep_saved_modules_tied",
     "load_peft_weights",
     "magnitude_prune",
+    "match_target_against_key",
     "mixed",
     "peft",
     "prepare_swap",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -88,7 +88,7 @@ class ChunkedScores:
         self.row, self.name = SCORES[score], name
         self.numel = next(iter(statistics.values()), parameter).numel()
         # the CPU generator reads 32 bits of its seed
-        self.seed = zlib.crc32(f"{seed} {name}".encode())
+        self.seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
         self.is_bias = parameter.ndim == 1 and name.rpartition(".")[2].endswith("bias")
         sources = {"weight": parameter, **statistics}
         self.sources = {kind: sources[kind].detach() for kind in self.row.inputs if kind not in MADE_INPUTS}

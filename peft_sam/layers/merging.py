@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peft_sam._peft import QuantizationBackend
 from peft_sam.layers.owned import is_plain, stored_parameter
 from peft_sam.layers.quantised import Codes, dequantised, put_back, requantise
-from peft_sam.sparse.delta import PendingAdapterError, SparseDelta, changed
+from peft_sam.sparse.delta import SparseDelta, changed
 
 
 class Change(NamedTuple):
@@ -32,14 +32,15 @@ def check_merge(
 ) -> None:
     """Whether `deltas` can be merged into the parameters of `base`; nothing is written.
 
+    Pending ones can: they are nothing to write.
+
     Raises:
-        PendingAdapterError: if the adapter has no support yet.
         ValueError: if a parameter is offloaded, or quantised so that PEFT's `backend` (None: none) cannot write it, or,
             with `safe_merge`, if an entry would not be finite.
     """
     for name, delta in deltas.items():
         if delta.pending:
-            raise PendingAdapterError(adapter_name, "merged")
+            continue
         writable = backend is not None and backend.supports_merge
         if not is_plain(stored_parameter(base, name)) and not writable:
             how = "quantised or offloaded" if backend is None else f"quantised ({backend.backend_name})"
@@ -55,9 +56,11 @@ def check_merge(
 
 @torch.no_grad()
 def merge(base: nn.Module, deltas: Mapping[str, SparseDelta], backend: QuantizationBackend | None) -> list[Change]:
-    """Write θ + Δ; into a quantised weight, what its codes can say of it."""
+    """Write θ + Δ; into a quantised weight, what its codes can say of it. A pending Δ is nothing to write."""
     changes = []
     for name, delta in deltas.items():
+        if delta.pending:
+            continue
         weight, indices = _weight(base, name, backend), delta.checked_indices()
         entries = weight.take(indices)
         _put(weight, indices, changed(entries, delta.values))

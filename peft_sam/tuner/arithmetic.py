@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +41,20 @@ def check_combination(number: int, weights: Sequence[float], combination: str, d
         )
     if combination != "linear" and (density is None or not 0 < density <= 1):
         raise ValueError(f"combination_type {combination!r} needs a density, 0 < density <= 1; got {density}.")
+
+
+def changing(layers: Mapping[str, SamLayer], adapters: Iterable[str], action: str) -> list[str]:
+    """The adapters that are not pending; warns of those that are, which are `action` (merged, combined) as nothing."""
+    adapters = list(adapters)
+    every = [(name, delta) for name in adapters for layer in layers.values() for delta in layer.deltas(name).values()]
+    pending = {name for name, delta in every if delta.pending}
+    if pending:
+        warnings.warn(
+            f"The SAM adapters {sorted(pending)} are {action} as nothing: no parameters are selected yet. That is what "
+            "peft_sam.select_parameters(trainer) does, once before training.",
+            stacklevel=3,
+        )
+    return [name for name in adapters if name not in pending]
 
 
 @torch.no_grad()
@@ -111,7 +126,7 @@ class Combined:
         self.layers, self.combination = layers, combination
         self.parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for module, layer in layers.items():
-            every = [layer.deltas(name) for name in adapters]
+            every = [{n: d for n, d in layer.deltas(name).items() if not d.pending} for name in adapters]
             names = dict.fromkeys(itertools.chain(*every))
             if names:
                 self.parts[module] = {

@@ -64,7 +64,8 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
     """Give a pending adapter the support of `selection`, with deltas of zero.
 
     Raises:
-        ValueError: if the selection was made for other candidates; names the first difference.
+        ValueError: if the selection was made for other candidates (names the first difference), or the adapter is
+            merged.
     """
     candidates = {name: parameter.shape for name, parameter in candidates_of(model, adapter_name).items()}
     for name in [*candidates, *selection.shapes]:
@@ -76,6 +77,8 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
                 + (" and is missing from the selection." if there is None else f" and shape {tuple(there)} in it.")
             )
     layers = layers_with(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(f"adapter {adapter_name!r} is merged: call model.unmerge_adapter() before selecting for it.")
     supports = {
         module: {n: found for n in layer.deltas(adapter_name) if len(found := selection.indices[f"{module}.{n}"])}
         for module, layer in layers.items()
@@ -115,7 +118,7 @@ def target_as(state: Mapping[str, Tensor], config: SamConfig, model: nn.Module) 
         warnings.warn(
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the "
             "provided state_dict. This is not necessarily an issue and can be ignored if this was the intent. The "
-            f"state_dict contained these additional target modules: {extra}.",
+            f"state_dict contained these additional target modules: {extra}. ",
             RuntimeWarning,
             stacklevel=2,
         )

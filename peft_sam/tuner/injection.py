@@ -5,7 +5,7 @@ A `tuner` here is PEFT's: a `SamModel`, or a MixedModel that holds sparse adapte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from peft.utils import ModulesToSaveWrapper
@@ -29,7 +29,7 @@ from peft_sam.tuner.candidates import (
 )
 from peft_sam.tuner.fastpath import have_children_called
 from peft_sam.tuner.states import take_states
-from peft_sam.tuner.targets import is_target
+from peft_sam.tuner.targets import is_target, named_parameters
 from peft_sam.tuner.ties import tie
 
 
@@ -97,10 +97,22 @@ def withdraw(tuner: Any, adapter_name: str) -> None:
 
 
 def adapt(
-    tuner: Any, config: SamConfig, adapter_name: str, target: nn.Module, target_name: str, parent: nn.Module, path: str
+    tuner: Any,
+    config: SamConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    path: str,
+    only: Collection[str] | None = None,
 ) -> None:
-    """Give the module `target`, child `target_name` of `parent`, pending deltas; wrap it if it is not yet."""
+    """Give the module `target`, child `target_name` of `parent`, pending deltas; wrap it if it is not yet.
+
+    Args:
+        only: the parameters of the module that get one; None for all.
+    """
     own = own_parameters(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target)
+    own = {name: parameter for name, parameter in own.items() if only is None or name in only}
     if not own:
         return
     key = base_name(path)
@@ -112,6 +124,15 @@ def adapt(
         coded=config.coded,
         inference_mode=config.inference_mode,
     )
+
+
+def adapt_parameters(tuner: Any, config: SamConfig, model: nn.Module, adapter_name: str) -> list[str]:
+    """Adapt what `target_parameters` names, in the modules that own it; the parameters' names in the base model."""
+    found = named_parameters(config, dict(base_modules(model)))
+    for path, only in reversed(found.items()):  # a child before its parent: wrapping lengthens the paths below
+        above, _, child = path.rpartition(".")
+        adapt(tuner, config, adapter_name, model.get_submodule(path), child, model.get_submodule(above), path, only)
+    return [f"{base_name(path)}.{name}" for path, only in found.items() for name in only]
 
 
 def replace(parent: nn.Module, name: str, module: nn.Module) -> None:

@@ -30,7 +30,6 @@ def merged(model: Model, adapter_names: list[str] | None = None, safe_merge: boo
 
     Raises:
         TypeError: if it is another model, or has no SAM adapter.
-        PendingAdapterError: if an adapter has no support yet.
         ValueError: if adapters are merged already, one cannot be merged, or, with `safe_merge`, would not be finite.
     """
     layers = list(sam_layers(model).values())

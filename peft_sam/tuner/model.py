@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -18,10 +19,11 @@ from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layer
 from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
-from peft_sam.tuner.arithmetic import Combined, check_combination, combine_heads
+from peft_sam.tuner.arithmetic import Combined, changing, check_combination, combine_heads
 from peft_sam.tuner.candidates import record_counts
+from peft_sam.tuner.embeddings import check_ties
 from peft_sam.tuner.fastpath import restore_fast_paths
-from peft_sam.tuner.injection import adapt, inject, replace, withdraw
+from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, withdraw
 from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
 
@@ -109,45 +111,56 @@ class SamModel(BaseTuner):
         "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
         Heads (`modules_to_save`) are combined by what each changed. The new adapter is not active.
 
+        A pending adapter has changed nothing, and counts as nothing, with a warning; if all are pending, so is the new
+        one. That is what PEFT's other methods do with adapters that are not trained yet, which are zero, too.
+
         Raises:
-            PendingAdapterError: if an adapter has no support yet.
-            ValueError: if an adapter does not exist, the new name is taken, or the combination is not known.
+            PendingAdapterError: if an adapter waits for its file.
+            ValueError: if an adapter does not exist, the new name is taken, the combination is not known, or an adapter
+                trains rows of embeddings (`trainable_token_indices`).
         """
         check_combination(len(adapters), weights, combination_type, density)
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
         for name in adapters:
-            if not self.sparse_deltas(name):
+            if not self.sparse_deltas(name) and self.peft_config[name].selection is not None:
                 raise PendingAdapterError(name, "combined")
+            if self.peft_config[name].trainable_token_indices:
+                raise ValueError(f"adapter {name!r} has trainable_token_indices, which cannot be combined.")
+        none = not changing(sam_layers(self.model), adapters, "combined")
         how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
         combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
         config = copy.copy(self.peft_config[adapters[0]])
-        config.target_modules = list(combined.parts)
-        config.exclude_modules = config.layers_to_transform = None
+        if not none:
+            config.target_modules = list(combined.parts)
+            config.target_parameters = config.exclude_modules = config.layers_to_transform = None
+            config.record(combined.summary(), {})
         heads = {head for name in adapters for head in self.peft_config[name].modules_to_save or ()}
         config.modules_to_save = sorted(heads) or None
-        config.record(combined.summary(), {})
         self.peft_config[adapter_name] = config
         self.inject_adapter(self.model, adapter_name)
         combined.put(adapter_name)
         combine_heads(self.model, adapters, adapter_name, combination_type, **how)
-        kept = fingerprints(sam_layers(self.model), adapter_name)
-        self.peft_config[adapter_name].record(combined.summary(), kept)
+        if not none:
+            kept = fingerprints(sam_layers(self.model), adapter_name)
+            self.peft_config[adapter_name].record(combined.summary(), kept)
 
     # Merging
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write the deltas of adapters (the active ones by default) into the base: into all layers or none.
 
+        A pending adapter merges as nothing, with a warning: its forward is the base's, and so is that of the merged
+        model, as of PEFT's other methods before training.
+
         Raises:
-            PendingAdapterError: if an adapter has no support yet.
             ValueError: with `safe_merge`, if an entry would not be finite.
         """
         layers = self._layers_at_hand()
+        self._check_merge(adapter_names, safe_merge)
         if layers is None:
             super().merge_adapter(adapter_names, safe_merge)
             return
-        self._check_merge(layers, adapter_names, safe_merge)
         for layer in layers:
             layer.merge(safe_merge, adapter_names)
 
@@ -160,19 +173,20 @@ class SamModel(BaseTuner):
     ) -> nn.Module:
         """PEFT's, for `unload` and `merge_and_unload`: if an adapter cannot be merged, the model stays as it is."""
         if merge:
-            layers = [layer for layer in sam_layers(self.model).values() if not hasattr(layer.base_layer, "_hf_hook")]
-            self._check_merge(layers, adapter_names, safe_merge)  # offloaded ones are checked one by one
+            self._check_merge(adapter_names, safe_merge)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         restore_fast_paths(model)
         leave_states(model)
         return model
 
-    def _check_merge(self, layers: Iterable[SamLayer], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        for layer in layers:
+        for layer in sam_layers(self.model).values():
             for name in names:
-                if name not in layer.merged_adapters:
+                # offloaded ones are checked one by one
+                if name not in layer.merged_adapters and not hasattr(layer.base_layer, "_hf_hook"):
                     layer.check_merge(name, safe_merge)
+        changing(sam_layers(self.model), names, "merged")
 
     def unmerge_adapter(self) -> None:
         """Put the original bits back."""
@@ -200,10 +214,15 @@ class SamModel(BaseTuner):
         return is_target(peft_config, key)
 
     def _check_tied_modules(self, model: nn.Module, peft_config: SamConfig) -> None:
-        """Nothing to warn about: a tied parameter has one delta, which all its uses see."""
+        """Tie what is to be tied, and warn of tied word embeddings that the config names."""
+        if said := check_ties(self, peft_config):
+            warnings.warn(said, stacklevel=2)
 
     def _check_merge_allowed(self) -> None:
-        """Always, for the same reason."""
+        """Always; with PEFT's warning where an adapter names tied word embeddings."""
+        configs = [config for config in self.peft_config.values() if isinstance(config, SamConfig)]
+        if any(config.names_tied for config in configs):
+            super()._check_merge_allowed()
 
     def _create_and_replace(
         self,
@@ -215,6 +234,11 @@ class SamModel(BaseTuner):
         current_key: str,
     ) -> None:
         adapt(self, peft_config, adapter_name, target, target_name, parent, current_key)
+
+    def _inject_parameters(
+        self, peft_config: SamConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        return adapt_parameters(self, peft_config, model, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         replace(parent, child_name, new_module)

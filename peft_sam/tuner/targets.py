@@ -22,6 +22,7 @@ from peft_sam._peft import (
 from peft_sam.config import SamConfig
 from peft_sam.layers.found import base_modules, base_name
 from peft_sam.layers.owned import is_packed_linear, own_parameters
+from peft_sam.tuner.embeddings import modules_of_tokens
 
 # How much of a name must be there for another to be a misspelt one: "k_proj" for "q_proj" is not.
 ALIKE = 0.88
@@ -36,37 +37,48 @@ def is_target(config: SamConfig, path: str) -> Any:
     if "modules_to_save" in parts or parts[-1] == "base_layer":
         return False
     name = base_name(path)
+    return ExcludedModule() if _is_dense(config, name) else check_target_module_exists(config, name)
+
+
+def _is_dense(config: SamConfig, name: str) -> bool:
     # PEFT trains densely whatever ends in one of these names: "classifier" takes DistilBERT's pre_classifier, too
     dense = tuple(config.modules_to_save or ())
-    if any(".".join(name.split(".")[:end]).endswith(dense) for end in range(1, name.count(".") + 2)):
-        return ExcludedModule()
-    return check_target_module_exists(config, name)
+    return any(".".join(name.split(".")[:end]).endswith(dense) for end in range(1, name.count(".") + 2))
 
 
 def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
     """Turn None and "all" in `config.target_modules` into names, and check that the targets exist and can change.
+
+    Modules of which PEFT trains single rows (`trainable_token_indices`) are left alone.
 
     Returns:
         the names of the targets in the unwrapped base model.
 
     Raises:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches, in PEFT's words; lists what could be targeted.
-        ValueError: if a target has a parameter that is not floating point.
+        ValueError: if a target has a parameter that is not floating point, or is one whose rows are trained.
     """
     modules = dict(base_modules(model))
-    wanted = config.target_modules
+    wanted, by_rows = config.target_modules, modules_of_tokens(config, model)
     if wanted is None or wanted in ("all", "all-linear"):
         chosen = _all_linear(modules, model, keep_head=wanted is not None) if wanted != "all" else list(modules)
-        names = {base_name(name) for name in chosen if own_parameters(modules[name])}
+        names = {base_name(name) for name in chosen if own_parameters(modules[name])} - by_rows
         config.target_modules = {name for name in names if _in_layers(config, name)}  # type: ignore[assignment]
     answers = {name: is_target(config, name) for name in modules}
     owners = [name for name, answer in answers.items() if answer and own_parameters(modules[name])]
-    if not owners:
+    parameters = named_parameters(config, modules)
+    if not owners and not parameters:
         raise NoMatchingPeftModuleError(f"{_why_none(config, wanted, answers.values())} {_what_could_be(modules)}")
     if not isinstance(wanted, str) and wanted is not None:
         _warn_of_typos(wanted, modules)
-    for name in owners:
-        for parameter_name, parameter in own_parameters(modules[name]).items():
+    for name in dict.fromkeys([*owners, *parameters]):
+        if base_name(name) in by_rows:
+            raise ValueError(
+                f"{base_name(name)!r} is a target and in trainable_token_indices, too: take it out of one of them."
+            )
+        own = own_parameters(modules[name])
+        for parameter_name in own if name in owners else parameters[name]:
+            parameter = own[parameter_name]
             if not parameter.is_floating_point():
                 raise ValueError(
                     f"parameter {base_name(name)}.{parameter_name} is {parameter.dtype} and cannot take a delta: "
@@ -74,6 +86,24 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
                     f"module out with exclude_modules. {_what_could_be(modules)}"
                 )
     return {base_name(name) for name in owners}
+
+
+def named_parameters(config: SamConfig, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+    """The modules that own parameters which `target_parameters` names, with the names in the module.
+
+    Modules that are trained densely are left alone.
+
+    Args:
+        modules: of the base model by their paths in the model (`base_modules`).
+    """
+    wanted, found = tuple(config.target_parameters or ()), defaultdict(list)
+    endings = tuple(f".{name}" for name in wanted)
+    for path, module in modules.items() if wanted else ():
+        for name in own_parameters(module) if not _is_dense(config, base_name(path)) else ():
+            full = f"{base_name(path)}.{name}"
+            if full in wanted or full.endswith(endings):
+                found[path].append(name)
+    return dict(found)
 
 
 def _all_linear(modules: dict[str, nn.Module], model: nn.Module, keep_head: bool) -> list[str]:
@@ -111,6 +141,8 @@ def _why_none(config: SamConfig, wanted: Any, answers: Collection[Any]) -> str:
             "All modules were excluded. This is likely unintended. Check your `target_modules`, `exclude_modules` and "
             "`modules_to_save` configuration."
         )
+    if not any(excluded) and not any(answers) and not wanted:
+        return "No `target_modules` passed but also no `target_parameters` found. Please check these arguments."
     if not any(excluded) and not any(answers):
         what = f"Target modules {wanted} not found in the base model. Please check the target modules and try again."
     else:

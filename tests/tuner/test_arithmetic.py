@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from peft.utils.merge_utils import magnitude_prune, ties
 from torch import Tensor, nn
 
-from peft_sam import PendingAdapterError, SamConfig
+from peft_sam import SamConfig, select_parameters
 from tests.shared.cases import bert
 
 BASE = bert()
@@ -162,7 +162,32 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_added(arguments: Any,
     assert set(model.peft_config) == {"first", "second"}
 
 
-def test_a_pending_adapter_cannot_be_combined() -> None:
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), SamConfig(target_modules=["0"]))
-    with pytest.raises(PendingAdapterError, match="cannot be combined"):
-        model.add_weighted_adapter(["default"], [1.0], "third")
+def test_a_pending_adapter_combines_and_merges_as_nothing_with_a_warning() -> None:
+    base = nn.Sequential(nn.Linear(4, 4)).requires_grad_(False)
+    model: Any = get_peft_model(base, SamConfig(target_modules=["0"], density=0.5), adapter_name="first")
+    bits = base[0].weight.clone()
+    chosen = SamConfig(target_modules=["0"], density=0.5, score="random", init_weights=False)
+    with pytest.warns(UserWarning, match=r"\['first'\] are combined as nothing.*select_parameters"):
+        model.add_weighted_adapter(["first"], [2.0], "third")
+    assert not model.base_model.sparse_deltas("third")
+    model.add_adapter("second", chosen)
+    with pytest.warns(UserWarning, match=r"\['first'\] are combined as nothing"):
+        model.add_weighted_adapter(["first", "second"], [1.0, 0.5], "fourth")
+    second, fourth = (model.base_model.sparse_deltas(name) for name in ("second", "fourth"))
+    assert all(torch.equal(fourth[name].indices, delta.indices) for name, delta in second.items())
+    assert all(torch.equal(fourth[name].values, delta.values * 0.5) for name, delta in second.items())
+    with pytest.warns(UserWarning, match=r"\['first'\] are merged as nothing"):
+        model.merge_adapter(["first"])
+    assert torch.equal(model.base_model.model[0].base_layer.weight, bits)
+    x = torch.randn(2, 4)
+    with pytest.raises(ValueError, match=r"is merged: call model\.unmerge_adapter"):
+        select_parameters(model, [x], loss_fn=lambda model, x: model(x).sum(), adapter_name="first", progress=False)
+    model.unmerge_adapter()
+    select_parameters(model, [x], loss_fn=lambda model, x: model(x).sum(), adapter_name="third", progress=False)
+    assert model.base_model.sparse_deltas("third")
+
+
+def test_rows_of_embeddings_cannot_be_combined() -> None:
+    model = get_peft_model(bert(), SamConfig(score="random", trainable_token_indices={"word_embeddings": [1, 2]}))
+    with pytest.raises(ValueError, match="trainable_token_indices, which cannot be combined"):
+        model.base_model.add_weighted_adapter(["default"], [1.0], "third")

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import peft_sam
-from peft_sam import PendingAdapterError, SamConfig
+from peft_sam import SamConfig
 from tests.layers.test_quantised import quantised
 from tests.shared.cases import NETS, NetCase, Sequential, bert, names
 
@@ -71,10 +71,6 @@ def test_only_the_named_adapters_are_merged() -> None:
         assert {name for layer in model.modules() for name in getattr(layer, "merged_adapters", ())} == {"second"}
 
 
-def pending() -> Any:
-    return get_peft_model(bert(), SamConfig())
-
-
 def merged() -> Any:
     model: Any = get_peft_model(bert(), SamConfig(**RANDOM))
     model.merge_adapter()
@@ -86,7 +82,6 @@ def merged() -> Any:
     [
         (bert, TypeError, "for a PeftModel with SAM adapters; got a BertFor"),
         (lambda: get_peft_model(bert(), LoraConfig(target_modules=["query"])), TypeError, "with SAM adapters"),
-        (pending, PendingAdapterError, "cannot be merged"),
         (merged, ValueError, r"\['default'\] are merged already: call model.unmerge_adapter"),
     ],
 )
