@@ -12,23 +12,11 @@ from benchmarks.common import RESULTS
 from benchmarks.paper.plots import draw
 from benchmarks.paper.table import report
 from benchmarks.rig.compare import compare
-from benchmarks.rig.methods import METHODS, parse
+from benchmarks.rig.methods import METHODS, canonical
 from benchmarks.rig.models import pooling_of
 from benchmarks.rig.run import Run, execute
 from benchmarks.rig.runs import carry_out, plan, read
 from benchmarks.rig.tasks import TASKS
-
-
-def canonical(text: str) -> str:
-    """A method as `Spec.text` writes it.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none.
-    """
-    try:
-        return parse(text).text
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import json
 from collections.abc import Callable
@@ -72,6 +73,18 @@ def parse(text: str) -> Spec:
             raise ValueError(f"Expected key=value with a key of {[*known, *OF_THE_RUN]} in {text!r}, got {part!r}.")
         (of_the_run if key in OF_THE_RUN else options)[key] = _read(value)
     return Spec(name, options, of_the_run)
+
+
+def canonical(text: str) -> str:
+    """A method as `Spec.text` writes it.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return parse(text).text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _read(value: str) -> Any:
