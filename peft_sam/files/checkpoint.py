@@ -48,6 +48,8 @@ def to_file(
     for key, tensor in state.items():
         key = key.replace(".original_module.", ".")
         before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        if before and module_of(before) not in layers:
+            continue  # a shared module under another of its names
         parameter, _, part = after.rpartition(".")
         if part == "values" and save_dtype is not None:
             written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.owned import is_bare, is_plain
+from peft_sam.layers.substitute import is_written_down
 from peft_sam.sparse.delta import SparseDelta
 
 
@@ -124,7 +125,8 @@ class SamEmbedding(SamLayer):
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
-        special = base.max_norm is not None or base.sparse or base.scale_grad_by_freq
+        special = base.max_norm is not None or base.scale_grad_by_freq
+        special = special or is_written_down()
         if len(args) != 1 or kwargs or special or not is_plain(base.weight) or not is_bare(base):
             return super()._forward_with(changes, *args, **kwargs)
         y = sparse_embedding(args[0], base.weight, changes["weight"], base.padding_idx)

@@ -22,10 +22,10 @@ def base_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module, parts: bool = False) -> Iterator[tuple[str, nn.Module]]:
     """Names in `model` and modules of the base model, seen through tuner layers and modules_to_save; without the root.
 
-    A child whose parameters its parent reads without calling it belongs to the parent and is left out.
+    A child whose parameters its parent reads without calling it belongs to the parent and is left out, unless `parts`.
     """
     seen: set[int] = set()
 
@@ -37,7 +37,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 inside = here
             while isinstance(child, BaseTunerLayer):
                 child, inside = child.base_layer, f"{inside}.base_layer"
-            if id(child) not in seen and name not in read_not_called(module):
+            if id(child) not in seen and (parts or name not in read_not_called(module)):
                 seen.add(id(child))
                 yield here, child
                 yield from below(child, f"{inside}.")

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.owned import is_bare, is_plain, packed_weight
+from peft_sam.layers.substitute import is_written_down
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.ops import sparse_linear
 from peft_sam.sparse.plan import plan_linear
@@ -23,21 +24,24 @@ class SamLinear(SamLayer):
     offloaded, sharded) the module runs as it is, and the products with the deltas are added to its output.
     """
 
+    # whether the weight is stored as (inputs × outputs)
+    transposed: bool
+    # an attribute `weight` of such a layer is not its weight (transformers gives HQQ's an empty one)
+    packed: bool
+
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        # whether the weight is stored as (inputs × outputs)
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
-        # an attribute `weight` of such a layer is not its weight (transformers gives HQQ's an empty one)
         self.packed = packed_weight(self.get_base_layer()) is not None
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
-        weight = getattr(self.get_base_layer() if isinstance(base, BaseTunerLayer) else base, "weight", None)
-        if self.packed or not is_plain(weight):
+        weight = (self.get_base_layer() if isinstance(base, BaseTunerLayer) else base)._parameters.get("weight")
+        if self.packed or not (weight is None or is_plain(weight)):
             return self._added_to_output(changes, args[0])
-        if "weight" not in changes or args[0].ndim < 2 or not is_bare(base):
+        if "weight" not in changes or args[0].ndim < 2 or not is_bare(base) or is_written_down():
             return super()._forward_with(changes, *args)
         return sparse_linear(args[0], weight, base.bias, changes["weight"], changes.get("bias", ()), self.transposed)
 

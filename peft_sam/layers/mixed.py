@@ -68,12 +68,12 @@ def adapters_by_sample(layers: Mapping[str, Any], call: Samples) -> Iterator[Non
     if isinstance(encoder, nn.Module) and encoder is not model:  # which generate calls by itself
         handles.append(encoder.register_forward_pre_hook(call.begin, with_kwargs=True))
     for name, layer in layers.items():
-        layer.sample_adapters = partial(call.forward, name)
+        layer.sample_adapters, layer.sample_names = partial(call.forward, name), call.names
     try:
         yield
     finally:
         for layer in layers.values():
-            layer.sample_adapters = None
+            layer.sample_adapters, layer.sample_names = None, ()
         for handle in handles:
             handle.remove()
 

@@ -36,7 +36,8 @@ def features(module: nn.Module) -> tuple[int | None, ...]:
 def read_not_called(module: nn.Module) -> tuple[str, ...]:
     """The children whose parameters are candidates of the module itself; lists of parameters are such, too."""
     lists = [name for name, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))]
-    return (*READ_NOT_CALLED.get(type(module), ()), *lists)
+    read = [name for kind, names in READ_NOT_CALLED.items() if isinstance(module, kind) for name in names]
+    return (*read, *lists)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def is_plain(tensor: Tensor | None) -> bool:
     """Whether the numbers of a parameter can be read and added to: dense floats in this process's memory."""
     return (
         tensor is not None
-        and type(tensor) in (nn.Parameter, Tensor)
+        and (type(tensor) in (nn.Parameter, Tensor) or torch.compiler.is_compiling())
         and tensor.is_floating_point()
         and tensor.element_size() > 1
         and not tensor.is_meta

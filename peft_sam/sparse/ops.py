@@ -29,6 +29,20 @@ def compose(parameter: Tensor, deltas: Sequence[SparseDelta]) -> Tensor:
     return flat.view(parameter.shape)
 
 
+class DenseGradient(torch.autograd.Function):
+    """A tensor as it is, whose gradient is made dense where it comes sparse, as of an embedding with sparse=True."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The same numbers."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """The gradient, dense."""
+        return grad.to_dense() if grad.is_sparse else grad
+
+
 def sparse_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -56,14 +70,15 @@ def sparse_linear(
     # flattened and viewed out here: what a Function returns may be changed in place only if it is no view
     tokens = x.flatten(0, -2)
     if torch.is_autocast_enabled(x.device.type):
-        tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        if tokens.dtype != torch.float64:  # which autocast leaves alone
+            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
     elif torch.is_grad_enabled():
         y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
     else:
         y = _linear(tokens, weight, bias, plans, [None] * len(plans), places, values)
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 class _SparseLinear(torch.autograd.Function):

@@ -6,7 +6,7 @@ Imported by: selecting, export.
 * `model`: `SamModel`, PEFT's BaseTuner; `injection`: putting an adapter in, and out again if that fails.
 * `targets`: which modules a config means; `embeddings`: tied ones, and those trained by rows.
 * `candidates`: what an adapter can change, and giving it its support.
-* `ties`: parameters that several modules own; `fastpath`: torch's own ways past a module's children.
+* `ties`: parameters that several modules own.
 * `arithmetic`: adapters out of adapters; `hotswap`: one in the place of another; `merged`: merged for a while.
 * `states`: what `load_state_dict` does with what comes in.
 """

@@ -17,7 +17,7 @@ from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import base_modules, base_name, has_support, layers_with, sam_layers
 from peft_sam.layers.make import make_layer
-from peft_sam.layers.owned import own_parameters
+from peft_sam.layers.owned import own_parameters, read_not_called
 from peft_sam.selection import Selection
 from peft_sam.tuner.candidates import (
     apply_selection,
@@ -27,7 +27,6 @@ from peft_sam.tuner.candidates import (
     support_as,
     target_as,
 )
-from peft_sam.tuner.fastpath import have_children_called
 from peft_sam.tuner.states import take_states
 from peft_sam.tuner.targets import is_target, named_parameters
 from peft_sam.tuner.ties import tie
@@ -62,8 +61,8 @@ def inject(
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model, adapter_name, config)
-        have_children_called(model)
         take_states(model)
+        _share(model)
         if config.selection is not None:
             check_base(sam_layers(model), config.fingerprints, config.strict_base)
         low_cpu_mem_usage = low_cpu_mem_usage or _made_empty(model, adapter_name)
@@ -108,6 +107,8 @@ def adapt(
 ) -> None:
     """Give the module `target`, child `target_name` of `parent`, pending deltas; wrap it if it is not yet.
 
+    A child that its parent reads without calling it is not wrapped: its deltas are the parent's.
+
     Args:
         only: the parameters of the module that get one; None for all.
     """
@@ -115,6 +116,11 @@ def adapt(
     own = {name: parameter for name, parameter in own.items() if only is None or name in only}
     if not own:
         return
+    above, owner = path.rpartition(".")[0], parent.get_base_layer() if isinstance(parent, SamLayer) else parent
+    if above and target_name in read_not_called(owner):
+        own = {f"{target_name}.{name}": parameter for name, parameter in own.items()}
+        target, path, (above, _, target_name) = parent, above, above.rpartition(".")
+        parent = tuner.model.get_submodule(above)
     key = base_name(path)
     entries = _entries({f"{key}.{name}": parameter for name, parameter in own.items()}, config.counts)
     layer = target if isinstance(target, SamLayer) else _wrap(tuner, target, target_name, parent)
@@ -168,6 +174,24 @@ def _adapt_inside_layers(tuner: Any, model: nn.Module, adapter_name: str, config
             parent, _, child = path.rpartition(".")
             adapt(tuner, config, adapter_name, model.get_submodule(path), child, model.get_submodule(parent), path)
             tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+
+
+def _share(model: nn.Module) -> None:
+    """Put each layer in all the places that its module has in the network."""
+    layers = {id(layer.base_layer): layer for layer in sam_layers(model).values()}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            layer = layers.get(id(child))
+            if layer is not None and layer is not parent:
+                parent._modules[name] = layer
+
+
+def unshare(model: nn.Module) -> None:
+    """Put the modules back in the places where PEFT, which sees one of each, has left their layers."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, SamLayer):
+                parent._modules[name] = child.get_base_layer()
 
 
 def _tie(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:

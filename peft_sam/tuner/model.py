@@ -22,8 +22,7 @@ from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.arithmetic import Combined, changing, check_combination, combine_heads
 from peft_sam.tuner.candidates import record_counts
 from peft_sam.tuner.embeddings import check_ties
-from peft_sam.tuner.fastpath import restore_fast_paths
-from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, withdraw
+from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, unshare, withdraw
 from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
 
@@ -175,8 +174,8 @@ class SamModel(BaseTuner):
         if merge:
             self._check_merge(adapter_names, safe_merge)
         model: nn.Module = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        restore_fast_paths(model)
         leave_states(model)
+        unshare(model)
         return model
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:

@@ -58,7 +58,7 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches, in PEFT's words; lists what could be targeted.
         ValueError: if a target has a parameter that is not floating point, or is one whose rows are trained.
     """
-    modules = dict(base_modules(model))
+    modules = dict(base_modules(model, parts=True))
     wanted, by_rows = config.target_modules, modules_of_tokens(config, model)
     if wanted is None or wanted in ("all", "all-linear"):
         chosen = _all_linear(modules, model, keep_head=wanted is not None) if wanted != "all" else list(modules)
