@@ -17,7 +17,15 @@ from peft_sam import _peft
 from peft_sam.choosing.choose import choose
 from peft_sam.choosing.gradients import GradientStatistics, Loss, accumulate
 from peft_sam.config import SamConfig
-from peft_sam.export import ExportReport, WeightPatch, WeightReceiver, WeightStream, export_adapter
+from peft_sam.export import (
+    ExportReport,
+    RoundingReport,
+    WeightPatch,
+    WeightReceiver,
+    WeightStream,
+    export_adapter,
+    rounding_report,
+)
 from peft_sam.files.fingerprint import OtherBaseWarning
 from peft_sam.layers.base import SamLayer
 from peft_sam.report.card import complete_card
@@ -37,6 +45,7 @@ __all__ = [
     "Loss",
     "OtherBaseWarning",
     "PendingAdapterError",
+    "RoundingReport",
     "SamConfig",
     "SamModel",
     "Selection",
@@ -49,6 +58,7 @@ __all__ = [
     "choose",
     "export_adapter",
     "merged",
+    "rounding_report",
     "select_parameters",
     "selection_report",
 ]

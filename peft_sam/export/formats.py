@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from peft_sam.export.base_files import copy_tokenizer
 from peft_sam.export.check import Check, Squares, check_merged, check_patch, check_stock
 from peft_sam.export.checkpoint_patch import write_patch
 from peft_sam.export.low_rank import is_low_rank_target, like_experts, lora
 from peft_sam.export.parts import Adapter, Part
+from peft_sam.export.rounding import RoundingReport, rounding_report
 from peft_sam.export.stock_sparse import StockAdapter, is_linear_weight, shira, supertuning, target_names
 from peft_sam.layers.found import PEFT_PREFIX
 from peft_sam.tuner.merged import merged
@@ -43,6 +44,7 @@ class ExportReport:
         notes: what else is to be known of the files.
         errors: parameter → ‖Δ - what was written‖ / ‖Δ‖ in the Frobenius norm; empty for an exact format.
         error: the same over all parameters together.
+        rounding: what θ⁰'s dtype takes from Δ, in formats that hold the bits of θ⁰ + Δ; None in others.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class ExportReport:
     notes: list[str] = field(default_factory=list)
     errors: dict[str, float] = field(default_factory=dict)
     error: float = 0.0
+    rounding: RoundingReport | None = None
 
     def __str__(self) -> str:
         how = f"relative error {self.error:.2%}" if self.errors else "exact"
@@ -61,6 +64,8 @@ class ExportReport:
             f"  {self.size / self.own_size:,.1f} times the {self.own_size:,} bytes of the adapter's own file",
             *(f"  {note}" for note in self.notes),
         ]
+        if self.rounding is not None and self.rounding.unmoved:
+            lines.append(f"  {self.rounding}")
         worst = sorted(self.errors, key=lambda name: -self.errors[name])
         lines += [f"  {self.errors[name]:7.2%}  {name}" for name in worst[:SHOWN]]
         if len(worst) > SHOWN:
@@ -146,6 +151,7 @@ def export_adapter(
     adapter_name: str = "default",
     rank: int | None = None,
     tokenizer: Any = None,
+    batch: Mapping[str, Tensor] | None = None,
 ) -> ExportReport:
     """Write a SAM sparse adapter in a format that loads without this package; the model is as before.
 
@@ -165,6 +171,7 @@ def export_adapter(
         path: a new or empty folder. It is written whole or not at all.
         rank: of "lora", 16 by default; smaller where that loses nothing.
         tokenizer: of "merged", or a processor, saved beside the model; None for the base's own, if it has one.
+        batch: what the model takes, to measure what rounding does to the logits (`rounding_report`).
 
     Raises:
         FileExistsError: if there is anything at `path`.
@@ -207,6 +214,8 @@ def export_adapter(
         folder.rename(target)
     entries = sum(len(part.delta.values) for part in adapter.parts)
     report = ExportReport(Path(path), format, entries, size, adapter.own_size(), notes)
+    if format != "lora":
+        report.rounding = rounding_report(model, adapter_name, batch=batch)
     if lost:
         report.errors = {name: sqrt(missing / whole) if whole else 0.0 for name, (missing, whole) in lost.items()}
         report.error = sqrt(sum(missing for missing, _ in lost.values()) / (sum(w for _, w in lost.values()) or 1.0))
