@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ WARM_UP = 3
 
 def minilm() -> nn.Module:
     """all-MiniLM-L6-v2 without its pooler, which gets no gradient from the hidden states."""
-    return AutoModel.from_pretrained(tasks.default_model_path(), add_pooling_layer=False)
+    return AutoModel.from_pretrained(tasks.default_model_path(), add_pooling_layer=False, dtype=torch.float32)
 
 
 def roberta_base_shape() -> nn.Module:
@@ -62,26 +63,15 @@ def roberta_base_shape() -> nn.Module:
     return BertModel(BertConfig(num_hidden_layers=4), add_pooling_layer=False)
 
 
-def llama_shape() -> nn.Module:
-    """About 100 million parameters in Llama's shape, random."""
+def llama(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int, shared: int = 1) -> nn.Module:
+    """Llama's shape, random; `shared` heads have one key and value."""
     config = LlamaConfig(
-        vocab_size=8000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12
-    )
-    return LlamaModel(config)
-
-
-def large_llama_shape() -> nn.Module:
-    """About a billion parameters in Llama's shape, random."""
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=20, num_attention_heads=16
-    )
-    return LlamaModel(config)
-
-
-def wide_llama_shape() -> nn.Module:
-    """Two layers of Llama 7 B's shape, random."""
-    config = LlamaConfig(
-        vocab_size=1000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=2, num_attention_heads=32
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // shared,
     )
     return LlamaModel(config)
 
@@ -91,9 +81,9 @@ MINILM, ROBERTA, LLAMA, LARGE_LLAMA = "MiniLM", "RoBERTa-base shape, 4 layers", 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     MINILM: minilm,
     ROBERTA: roberta_base_shape,
-    LLAMA: llama_shape,
-    LARGE_LLAMA: large_llama_shape,
-    WIDE_LLAMA: wide_llama_shape,
+    LLAMA: partial(llama, 768, 2048, 12, 12, 8000),
+    LARGE_LLAMA: partial(llama, 2048, 5632, 20, 16, 32000),
+    WIDE_LLAMA: partial(llama, 4096, 11008, 2, 32, 1000),
 }
 
 
@@ -165,9 +155,9 @@ def sam_random(model: nn.Module, trained: int) -> Any:
     return get_peft_model(model, SamConfig(density=DENSITY, score="random"))
 
 
-def lora(model: nn.Module, trained: int) -> Any:
-    """LoRA of rank 8 on all linear layers, no dropout."""
-    return get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+def lora(model: nn.Module, trained: int, rank: int = 8) -> Any:
+    """LoRA on all linear layers, no dropout."""
+    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
 
 
 def shira(model: nn.Module, trained: int) -> Any:
@@ -194,6 +184,7 @@ METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
     "SAM": sam,
     "SAM, random support": sam_random,
     "LoRA r=8": lora,
+    "LoRA r=16": partial(lora, rank=16),
     "SHiRA": shira,
     "Super-Tuning": supertuning,
     "full": full,
@@ -203,7 +194,9 @@ METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
 def make(method: str, shape: str, trained: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     """A model of `shape` adapted by `method`, the same for the same arguments."""
     torch.manual_seed(0)
-    return METHODS[method](MODELS[shape](), trained).to(device, dtype)
+    with torch.device(device):
+        model = MODELS[shape]()
+    return METHODS[method](model.to(dtype), trained).to(device, dtype)
 
 
 def trained_entries(model: Any) -> int:

@@ -123,10 +123,10 @@ def show_plans() -> str:
     return "\n".join(lines)
 
 
-def batches(number: int) -> list[Tensor]:
+def batches(number: int, batch: int = BATCH, length: int = LENGTH) -> list[Tensor]:
     """Random tokens."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(5, 5000, (BATCH, LENGTH), generator=generator) for _ in range(number)]
+    return [torch.randint(5, 1000, (batch, length), generator=generator) for _ in range(number)]
 
 
 def loss_of(model: Any, ids: Tensor) -> Tensor:
@@ -135,12 +135,17 @@ def loss_of(model: Any, ids: Tensor) -> Tensor:
     return hidden.float().square().mean()
 
 
-def measure_pass(shape: str, repetitions: int, device: str) -> dict[str, Any]:
-    """Time and memory of the pass beside plain forward and backward."""
-    torch.manual_seed(0)
-    model = common.MODELS[shape]().to(device).eval().requires_grad_(False)
+def measure_pass(
+    shape: str,
+    repetitions: int,
+    device: str,
+    dtype: torch.dtype = torch.float32,
+    size: tuple[int, int] = (BATCH, LENGTH),
+) -> dict[str, Any]:
+    """Time and memory of the pass over batches of a size beside plain forward and backward."""
+    model = common.make("full", shape, dtype=dtype, device=device).eval().requires_grad_(False)
     linear = {f"{n}.{leaf}": p for n, m in model.named_modules() if isinstance(m, nn.Linear) for leaf, p in own(m)}
-    data = [ids.to(device) for ids in batches(BATCHES)]
+    data = [ids.to(device) for ids in batches(BATCHES, *size)]
 
     def plain(number: int = BATCHES) -> None:
         for parameter in linear.values():
@@ -153,15 +158,18 @@ def measure_pass(shape: str, repetitions: int, device: str) -> dict[str, Any]:
             parameter.requires_grad_(False)
 
     def passing(number: int = BATCHES) -> None:
-        accumulate(model, linear, data[:number], lambda ids: Loss(loss_of(model, ids), BATCH), progress=False)
+        accumulate(model, linear, data[:number], lambda ids: Loss(loss_of(model, ids), size[0]), progress=False)
 
     seconds = common.interleaved({"plain": plain, "pass": passing}, repetitions, f"{shape}, pass")
     entries = sum(parameter.numel() for parameter in linear.values())
     largest = max(parameter.numel() for parameter in linear.values())
-    plan = Plan(entries, largest, 0, 4, 1)
+    plan = Plan(entries, largest, 0, dtype.itemsize, 1)
     frozen = common.peak_bytes(lambda: activations(model, data[0]), device)
     return {
         "shape": shape,
+        "batch": size[0],
+        "length": size[1],
+        "dtype": str(dtype).removeprefix("torch."),
         "candidate_entries": entries,
         "seconds": common.medians(seconds),
         "pass_over_plain": common.ratios(seconds, "plain")["pass"],
@@ -195,15 +203,17 @@ def mib(size: float) -> float:
     return round(size / 2**20, 1)
 
 
-def measure_threshold(repetitions: int, device: str) -> dict[str, Any]:
-    """The k-th largest of many scores, exactly, in three ways."""
+def measure_threshold(
+    repetitions: int, device: str, number: int = SCORES, beside: tuple[str, ...] = ("topk", "kthvalue")
+) -> dict[str, Any]:
+    """The k-th largest of many scores, exactly, beside torch's ways."""
     torch.manual_seed(0)
-    scores = torch.randn(SCORES, device=device).abs_()
-    k = int(common.DENSITY * SCORES)
+    scores = torch.randn(number, device=device).abs_()
+    k = int(common.DENSITY * number)
     found: dict[str, float] = {}
 
     def ours() -> None:
-        chunks = lambda: (bits_of(scores[at : at + CHUNK]) for at in range(0, SCORES, CHUNK))  # noqa: E731
+        chunks = lambda: (bits_of(scores[at : at + CHUNK]) for at in range(0, number, CHUNK))  # noqa: E731
         bits, _ = kth_largest(chunks, k)
         found["ours"] = float(torch.tensor(bits, dtype=torch.int32).view(torch.float32))
 
@@ -211,15 +221,17 @@ def measure_threshold(repetitions: int, device: str) -> dict[str, Any]:
         found["topk"] = float(torch.topk(scores, k).values[-1])
 
     def kthvalue() -> None:
-        found["kthvalue"] = float(torch.kthvalue(scores, SCORES - k + 1).values)
+        found["kthvalue"] = float(torch.kthvalue(scores, number - k + 1).values)
 
-    ways = {"ours": ours, "topk": topk, "kthvalue": kthvalue}
+    ways = {
+        name: way for name, way in (("ours", ours), ("topk", topk), ("kthvalue", kthvalue)) if name in ("ours", *beside)
+    }
     seconds = common.interleaved(ways, repetitions, "threshold")
     assert len(set(found.values())) == 1, found
     return {
-        "scores": SCORES,
+        "scores": number,
         "seconds": common.medians(seconds),
-        "ours_over": {name: ratio_of(seconds["ours"], seconds[name]) for name in ("topk", "kthvalue")},
+        "ours_over": {name: ratio_of(seconds["ours"], seconds[name]) for name in beside},
         "extra_mib": {name: mib(common.peak_bytes(way, device)) for name, way in ways.items()},
     }
 

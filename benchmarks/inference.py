@@ -15,22 +15,25 @@ import torch
 
 METHODS = {"base": "full", "SAM": "SAM", "SAM, random support": "SAM, random support", "LoRA r=8": "LoRA r=8"}
 CACHED = 64
+# Token numbers are below this.
+TOKENS = 1000
 
 
-def forward(model: Any, tokens: int) -> Callable[[], None]:
-    """A pass over so many tokens."""
-    ids = torch.randint(5, 5000, (1, tokens), device=model.device)
+def forward(model: Any, tokens: int, batch: int = 1, compiling: dict[str, Any] | None = None) -> Callable[[], None]:
+    """A pass over so many tokens, without a cache; compiled with such options."""
+    ids = torch.randint(5, TOKENS, (batch, tokens), device=model.device)
+    called = model if compiling is None else torch.compile(model, **compiling)
 
     @torch.no_grad()
     def run() -> None:
-        model(input_ids=ids)
+        called(input_ids=ids, use_cache=False)
 
     return run
 
 
-def decode(model: Any) -> Callable[[], None]:
+def decode(model: Any, batch: int = 1) -> Callable[[], None]:
     """One more token after those in the cache."""
-    ids = torch.randint(5, 5000, (1, CACHED + 1), device=model.device)
+    ids = torch.randint(5, TOKENS, (batch, CACHED + 1), device=model.device)
     with torch.no_grad():
         cache = model(input_ids=ids[:, :CACHED], use_cache=True).past_key_values
 
@@ -42,16 +45,30 @@ def decode(model: Any) -> Callable[[], None]:
     return run
 
 
-def measure(shape: str, what: str, repetitions: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Ratios to the bare model."""
+def measure(
+    shape: str,
+    what: str,
+    repetitions: int,
+    dtype: torch.dtype,
+    device: str,
+    batch: int = 1,
+    compiling: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Ratios to the bare model.
+
+    Args:
+        what: "decode", or a number of tokens.
+        compiling: options of torch.compile, of a pass over tokens; None for eager mode.
+    """
     steps = {}
     for name, method in METHODS.items():
         model = common.make(method, shape, dtype=dtype, device=device).eval()
-        steps[name] = decode(model) if what == "decode" else forward(model, int(what))
+        steps[name] = decode(model, batch) if what == "decode" else forward(model, int(what), batch, compiling)
     seconds = common.interleaved(steps, repetitions, f"{shape}, {what}")
     return {
         "shape": shape,
         "what": what,
+        "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
         "seconds": common.medians(seconds),
         "ratio": common.ratios(seconds, "base"),

@@ -34,7 +34,7 @@ class Step:
         embeddings = base.get_input_embeddings()
         embeddings.register_forward_hook(lambda _module, _args, out: out.requires_grad_())
         weight = embeddings.weight
-        self.ids = torch.randint(5, 5000, (batch, length), device=weight.device)
+        self.ids = torch.randint(5, 1000, (batch, length), device=weight.device)
         size = batch, length, base.config.hidden_size
         self.grad = torch.randn(size, dtype=weight.dtype, device=weight.device) / 1e3
 

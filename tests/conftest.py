@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
 
+from tests.shared.device import on_the_device, skip_unless_it_can_run
 from tests.shared.hub_server import hub
 
 __all__ = ["hub"]
@@ -20,3 +23,13 @@ torch.set_num_threads(1)  # the models are tiny
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _on_the_device(request: pytest.FixtureRequest, _seeded: None) -> Iterator[None]:
+    if request.node.get_closest_marker("on_device") is None:
+        yield
+        return
+    skip_unless_it_can_run(request.node.nodeid)
+    with on_the_device():
+        yield

@@ -51,7 +51,7 @@ def choose(
             part, inputs = part.flatten()[:0], {kind: tensor.flatten()[:0] for kind, tensor in inputs.items()}
         scores[name] = ChunkedScores(score, name, part, inputs, seed)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
-    indices, thresholds = {name: torch.empty(0, dtype=torch.int64) for name in sizes}, []
+    indices, thresholds = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in sizes}, []
     for names in [list(sizes)] if budget == "global" else [[name] for name in sizes]:
         if k := budget_of(density, sum(sizes[name] for name in names)):
             positions, smallest = largest({name: scores[name] for name in names}, k, over)
@@ -101,13 +101,13 @@ class ChunkedScores:
 
     def __call__(self) -> Iterator[Tensor]:
         """The scores' bits, in flat order."""
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator("cpu").manual_seed(self.seed)
         flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
         for start in range(0, self.numel, CHUNK):
             stop = min(start + CHUNK, self.numel)
             inputs = {kind: tensor[start:stop] for kind, tensor in flat.items()}
             if "noise" in self.row.inputs:
-                inputs["noise"] = torch.rand(stop - start, generator=generator)
+                inputs["noise"] = torch.rand(stop - start, generator=generator, device="cpu")
             if "is_bias" in self.row.inputs:
-                inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias))
+                inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias), device="cpu")
             yield bits_of(self.row.function(**inputs))

@@ -14,7 +14,7 @@ from peft_sam.choosing.processes import Processes
 def signs(name: str, like: Tensor, probe: int, seed: int) -> Tensor:
     """Rademacher's vector number `probe` for a parameter: the same on every device, batch and process."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {probe} {name}".encode()))
-    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)
+    bits = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8, device="cpu")
     return bits.to(like.device, like.dtype).mul_(2).sub_(1)
 
 

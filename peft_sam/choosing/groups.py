@@ -78,7 +78,7 @@ class _Best:
     def indices(self, name: str) -> Tensor:
         """The positions of the best in one of the parameters."""
         found = [piece.positions for piece in self.pieces[name]]
-        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        return torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def lowest(self) -> float:
         """The smallest score among the best."""

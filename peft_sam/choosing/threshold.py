@@ -43,7 +43,7 @@ def kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, sharing: Process
 
 
 def _histogram(values: Iterator[Tensor], sharing: Processes | None) -> Tensor:
-    counts = torch.zeros(BINS, dtype=torch.int64)
+    counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
     for value in values:
         counts += torch.bincount(value, minlength=BINS).cpu()
     return counts if sharing is None else sharing.sum(counts)
@@ -86,7 +86,7 @@ def largest(
                 ties -= len(tied)
             found.append(winners.nonzero().flatten().cpu() + start)
             start += len(chunk)
-        positions[name] = torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
+        positions[name] = torch.cat(found) if found else torch.empty(0, dtype=torch.int64, device="cpu")
     return positions, float(torch.tensor(threshold, dtype=torch.int32).view(torch.float32))
 
 

@@ -176,7 +176,7 @@ def selection_of(model: nn.Module, adapter_name: str) -> Selection:
     shapes = {f"{m}.{name}": p.shape for m, layer in layers.items() for name, p in layer.parameters_below().items()}
     configs: Any = model.peft_config
     config = configs[adapter_name]
-    indices = {name: found.get(name, torch.empty(0, dtype=torch.int64)) for name in shapes}
+    indices = {name: found.get(name, torch.empty(0, dtype=torch.int64, device="cpu")) for name in shapes}
     about = config.selection or {}
     how = {key: about.get(key, getattr(config, key)) for key in ("score", "budget", "density")}
     return Selection(indices, shapes, **how, threshold=about.get("threshold", 0.0))

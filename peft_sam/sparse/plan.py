@@ -146,7 +146,7 @@ def _narrow(positions: Tensor, below: int) -> Tensor:
 def _starts(first: Tensor, rows: int) -> Tensor:
     with warnings.catch_warnings():  # torch says once per process that sparse tensors are in beta
         warnings.simplefilter("ignore")
-        torch.zeros(1, 1).to_sparse_csr()
+        torch.zeros(1, 1, device="cpu").to_sparse_csr()
     return torch.searchsorted(first, torch.arange(rows + 1, device=first.device)).int()
 
 

@@ -21,5 +21,5 @@ def scratch(numbers: int, like: Tensor) -> Tensor:
     size = numbers * like.element_size()
     buffer: Tensor | None = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8)
+        buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
     return buffer[:size].view(like.dtype)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from peft_sam import Loss, accumulate
 from tests.shared.reference import mean_loss_gradients
 
+pytestmark = pytest.mark.on_device
+
 SIZES = (4, 4, 3, 1)
 
 
@@ -158,17 +160,17 @@ def with_nan(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("train_mode", [False, True])
 @pytest.mark.parametrize(
-    ("batches", "error"),
+    ("make", "error"),
     [
-        (data(), None),
-        (Interrupting(data()[:2]), KeyboardInterrupt),
-        ([*data()[:2], with_nan(data()[0])], FloatingPointError),
-        ([], ValueError),
+        (data, None),
+        (lambda: Interrupting(data()[:2]), KeyboardInterrupt),
+        (lambda: [*data()[:2], with_nan(data()[0])], FloatingPointError),
+        (list, ValueError),
     ],
     ids=["all goes well", "interrupted", "a NaN comes", "no data"],
 )
-def test_the_model_is_as_before_whatever_happens(batches: Any, error: Any, train_mode: bool) -> None:
-    model = net(dropout=0.5).train()
+def test_the_model_is_as_before_whatever_happens(make: Any, error: Any, train_mode: bool) -> None:
+    model, batches = net(dropout=0.5).train(), make()
     model[0].eval()
     model[1].requires_grad_(False)
     model[0].weight.requires_grad_(False)

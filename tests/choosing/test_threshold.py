@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from peft_sam.choosing.threshold import bits_of, budget_of, kth_largest, largest
 from tests.shared import reference
 
+pytestmark = pytest.mark.on_device
+
 # few distinct values, so that ties are common, and all kinds of floats
 scores = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, 1.5, 2.0]),

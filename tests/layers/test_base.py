@@ -16,6 +16,8 @@ from peft_sam.layers.base import SamLayer
 from tests.shared.cases import MODULES, ModuleCase, names
 from tests.shared.reference import adapted_copy
 
+pytestmark = pytest.mark.on_device
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -325,7 +327,7 @@ def test_autocast_agrees_with_the_dense_model_under_autocast(case: ModuleCase, d
     deltas = model.base_model.sparse_deltas()
     dense = adapted_copy(base, deltas)
     x = make_input(case, torch.float32)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(x.device.type, dtype):
         one, other = model(x), dense(x)
         direction = torch.randn_like(one)
         (one * direction).sum().backward()

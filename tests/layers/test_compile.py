@@ -19,6 +19,7 @@ from tests.shared.versions import compiles
 
 pytestmark = [
     compiles,
+    pytest.mark.on_device,
     # torch.compile's own
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning"),
@@ -115,7 +116,7 @@ def test_another_support_of_the_same_size_is_seen_by_the_compiled_model() -> Non
 def test_autocast_compiles(dtype: torch.dtype) -> None:
     model = adapted(nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 4)))
     run, x = compiled(model), torch.randn(3, 16)
-    with torch.autocast("cpu", dtype):
+    with torch.autocast(x.device.type, dtype):
         got, expected = run(x), model(x)
     assert got.dtype == expected.dtype == dtype
     torch.testing.assert_close(got, expected)

@@ -20,6 +20,8 @@ from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.ops import compose
 from tests.shared.reference import dense_delta
 
+pytestmark = pytest.mark.on_device
+
 
 @st.composite
 def tables(draw: Any) -> tuple[Tensor, list[SparseDelta], Tensor, int | None]:

@@ -18,6 +18,8 @@ from peft_sam.choosing.linear_calls import LinearCall
 from tests.shared.cases import Sequential, bert
 from tests.shared.versions import checkpoint_activations
 
+pytestmark = pytest.mark.on_device
+
 CONFIG: dict[str, Any] = {"score": "random", "density": 0.2, "init_weights": False}
 
 
@@ -60,9 +62,9 @@ def test_an_offloaded_model_computes_trains_and_stays_offloaded(where: str, tmp_
     plain = bert().eval()
     base = copy.deepcopy(plain)
     if where == "memory":
-        cpu_offload(base, execution_device="cpu")
+        cpu_offload(base, execution_device=torch.get_default_device())
     else:
-        disk_offload(base, str(tmp_path), execution_device="cpu")
+        disk_offload(base, str(tmp_path), execution_device=torch.get_default_device())
     ids, results = torch.randint(0, 50, (2, 6)), []
     for of in (plain, base):
         torch.manual_seed(1)  # the same deltas
@@ -106,7 +108,7 @@ def test_where_the_weights_are_does_not_change_the_selection(how: str) -> None:
     base = bert()
     expected = select(copy.deepcopy(base))
     if how == "offloaded":
-        cpu_offload(base.bert.encoder, execution_device="cpu")
+        cpu_offload(base.bert.encoder, execution_device=torch.get_default_device())
     else:
         checkpoint_activations(base, "reentrant" in how)
     got = select(base)

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 from peft_sam import PendingAdapterError, SamConfig, Selection, select_parameters
 from tests.shared import reference
 from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, gpt2, llama, names
+from tests.shared.device import DEVICE
 
 
 def adapt(case: NetCase, **options: Any) -> tuple[Any, nn.Module]:
@@ -40,6 +41,7 @@ def assert_same_up_to_rounding(selection: Selection, gradients: dict[str, Tensor
             assert score == pytest.approx(selection.threshold, rel=1e-4), (name, position)
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize("case", NETS, ids=names)
 def test_the_largest_gradients_of_the_mean_loss_are_selected(case: NetCase) -> None:
     model, base = adapt(case)
@@ -64,6 +66,7 @@ def test_the_largest_gradients_of_the_mean_loss_are_selected(case: NetCase) -> N
         assert not bool(delta.values.any())
 
 
+@pytest.mark.on_device
 @pytest.mark.parametrize("case", NETS, ids=names)
 def test_a_selected_adapter_starts_as_the_base_model_and_then_learns(case: NetCase) -> None:
     model, base = adapt(case, density=0.1)
@@ -110,7 +113,7 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
         "num_train_epochs": 1,
         "report_to": [],
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": DEVICE.type == "cpu",  # a Trainer moves what it trains by itself
         "save_strategy": "no",
         "logging_strategy": "no",
         "dataloader_pin_memory": False,

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 def dense_delta(delta: Any) -> Tensor:
     """Δ of a `SparseDelta` as a dense tensor."""
-    dense = torch.zeros(delta.shape.numel(), dtype=delta.values.dtype)
-    dense[delta.indices.cpu()] = delta.values.detach().cpu()
+    dense = torch.zeros(delta.shape.numel(), dtype=delta.values.dtype, device=delta.values.device)
+    dense[delta.indices] = delta.values.detach()
     return dense.view(delta.shape)
 
 

@@ -18,6 +18,8 @@ from peft_sam.sparse.ops import compose, sparse_linear
 from peft_sam.sparse.plan import Plan, make_plan, plan_linear, way_to_multiply
 from tests.shared.reference import dense_delta
 
+pytestmark = pytest.mark.on_device
+
 
 def make_delta(shape: tuple[int, int], positions: list[int], dtype: torch.dtype = torch.float64) -> SparseDelta:
     indices = torch.tensor(sorted(set(positions)), dtype=torch.int64)
