@@ -1,0 +1,1 @@
+"""SAM adapters in the method comparison of PEFT's repository."""
