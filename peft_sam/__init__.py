@@ -30,7 +30,7 @@ from peft_sam.files.fingerprint import OtherBaseWarning
 from peft_sam.layers.base import SamLayer
 from peft_sam.report.card import complete_card
 from peft_sam.report.report import SelectionReport, selection_report
-from peft_sam.selecting.select import choose_for, select_parameters
+from peft_sam.selecting.select import FewerEntriesWarning, choose_for, select_parameters
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.hotswap import register_swap
@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ExportReport",
+    "FewerEntriesWarning",
     "GradientStatistics",
     "Loss",
     "OtherBaseWarning",

@@ -28,7 +28,8 @@ class Selection:
         shapes: candidate parameter name → shape; the m candidate entries.
         score, budget, density: as in `SamConfig`.
         threshold: the smallest selected score ("global"), or the smallest of the tensors' thresholds ("tensor").
-        samples: examples (target tokens for language models) whose mean loss was differentiated; 0 without data.
+        samples: so many units (examples, target tokens, pixels) whose mean loss was differentiated; 0 without data.
+        unit: "samples", "tokens" or "pixels".
         batches, seconds: extent of the pass over the data.
         head_warmup_steps: for so many steps the head was trained alone before the pass.
     """
@@ -43,6 +44,7 @@ class Selection:
     batches: int = 0
     seconds: float = 0.0
     head_warmup_steps: int = 0
+    unit: str = "samples"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -69,6 +71,7 @@ class Selection:
             "density": self.density,
             "threshold": self.threshold,
             "samples": self.samples,
+            "unit": self.unit,
             "batches": self.batches,
             "seconds": round(self.seconds, 3),
             "head_warmup_steps": self.head_warmup_steps,
@@ -81,7 +84,7 @@ class Selection:
             f"{self.score!r} >= {self.threshold:.3g}",
         ]
         if self.batches:
-            lines.append(f"from {self.samples:,.0f} samples in {self.batches} batches, {self.seconds:.1f} s")
+            lines.append(f"from {self.samples:,.0f} {self.unit} in {self.batches} batches, {self.seconds:.1f} s")
         if self.head_warmup_steps:
             lines.append(f"after {self.head_warmup_steps} steps of training the head alone")
         counts = self.counts
@@ -100,7 +103,7 @@ class Selection:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the selection to one safetensors file."""
-        about = {key: getattr(self, key) for key in ("score", "budget", *NUMBERS)}
+        about = {key: getattr(self, key) for key in ("score", "budget", "unit", *NUMBERS)}
         about["shapes"] = {name: list(shape) for name, shape in self.shapes.items()}
         save_file({n: i.contiguous() for n, i in self.indices.items()}, path, {METADATA_KEY: json.dumps(about)})
 

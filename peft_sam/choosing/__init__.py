@@ -7,5 +7,6 @@ Imported by: selecting.
   that cannot have one of their own; `curvature`: the Hessian's diagonal.
 * `choose`: from statistics to a selection; `threshold`: the k largest scores; `groups`: within bounded memory.
 * `dense`: short dense training, which is undone; `movement`: how far it moved each entry.
+* `before`: everything that a pass changes on its way, put back.
 * `processes`, `shards`: several processes, and parameters that they have in parts.
 """

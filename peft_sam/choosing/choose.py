@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from peft_sam.choosing.processes import Processes
 from peft_sam.choosing.shards import is_sharded, local, sharing, start_of
-from peft_sam.choosing.threshold import bits_of, budget_of, largest
+from peft_sam.choosing.threshold import NEVER, bits_of, budget_of, largest
 from peft_sam.scores import MADE_INPUTS, SCORES
 from peft_sam.selection import Selection
 
 # Entries whose scores exist at a time; also fixes how the noise of a seeded score is drawn.
 CHUNK = 1 << 22
+# Statistics that are zero where no gradient arrives: such an entry would not be trained, either.
+GRADIENTS = {"gradient", "squared_gradient", "movement"}
 
 
 def choose(
@@ -28,6 +30,9 @@ def choose(
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Selection:
     """Select the entries of `parameters` with the largest scores.
+
+    NaN is never selected, nor is an entry without any gradient in the statistics: where fewer than k are left, only
+    these are selected.
 
     Args:
         parameters: name → candidate, in the order that breaks ties. Of sharded ones (FSDP2) each process brings the
@@ -73,6 +78,13 @@ def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tenso
     return {name: torch.cat(found) for name, found in zip(indices, zip(*parts, strict=True), strict=True)}
 
 
+def entries_asked_for(sizes: Iterable[int], density: float, budget: str) -> int:
+    """k, from the sizes of the candidates."""
+    if budget == "tensor":
+        return sum(budget_of(density, size) for size in sizes)
+    return budget_of(density, sum(sizes))
+
+
 def raise_empty(density: float, entries: int) -> None:
     """Say that `density` of so many entries, of all candidates or of the largest, is not one entry."""
     raise ValueError(
@@ -100,7 +112,7 @@ class ChunkedScores:
                 )
 
     def __call__(self) -> Iterator[Tensor]:
-        """The scores' bits, in flat order."""
+        """The scores' bits, in flat order; those of entries without a gradient are never to win."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
         for start in range(0, self.numel, CHUNK):
@@ -110,4 +122,7 @@ class ChunkedScores:
                 inputs["noise"] = torch.rand(stop - start, generator=generator, device="cpu")
             if "is_bias" in self.row.inputs:
                 inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias), device="cpu")
-            yield bits_of(self.row.function(**inputs))
+            bits = bits_of(self.row.function(**inputs))
+            for kind in GRADIENTS & inputs.keys():
+                bits.masked_fill_(inputs[kind] == 0, NEVER)
+            yield bits

@@ -13,12 +13,13 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import get_linear_schedule_with_warmup
 
-from peft_sam.choosing.gradients import as_before
+from peft_sam.choosing.before import as_before, remember_random_states
 from peft_sam.choosing.processes import Processes
-from peft_sam.choosing.shards import is_sharded, sharing
-from peft_sam.choosing.sums import Loss, check_loss, loss_scale
+from peft_sam.choosing.shards import is_sharded, local, sharing
+from peft_sam.choosing.sums import STEP_BACK, Loss, backward, check_loss, loss_scale
 
 Batch = TypeVar("Batch")
+UNCHANGED = "the parameters are as before."
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ def train_densely(
 
     A step takes one batch of each process; its gradient is that of the mean loss over all their samples. The batches
     are read again and again, each time as they come. Weights and moments are kept in float32, also of parameters in
-    half precision. Only the parameters change: flags, modes, `.grad`s and random states are as before, also after an
-    error.
+    half precision. Only the parameters change: flags, modes, `.grad`s, buffers and random states are as before, also
+    after an error.
 
     Args:
         model: the module whose mode is set.
@@ -78,23 +79,31 @@ def train_densely(
     masters = [parameter.detach().clone().to(torch.float32) for parameter in parameters.values()]
     optimizer = torch.optim.AdamW(masters, lr=lr, weight_decay=0.0)
     schedule = get_linear_schedule_with_warmup(optimizer, warmup, steps)
-    source, taken, seen = endless(batches), 0, 0.0
+    source, taken, seen, largest_scale = endless(batches), 0, 0.0, float("inf")
     every = processes.in_step(source) if processes else ((batch, True) for batch in source)
     with (
         as_before(model, parameters, True),
         tqdm(total=steps, desc=what, dynamic_ncols=True, disable=not progress) as bar,
     ):
         for step, (batch, counts) in zip(range(steps), every, strict=False):
-            with torch.enable_grad(), processes.together() if processes else nullcontext():
-                current = _checked(loss(batch), what, step)
-            samples = current.samples if counts else 0.0
-            total = float(processes.sum(torch.tensor(samples, dtype=torch.float64))) if processes else samples
-            scale = loss_scale(current.value, parameters.values())
-            if samples or sharded:  # a process without samples still takes part in FSDP's backward pass
-                (current.value * (samples * number / (total or 1.0) * scale)).backward()
-            for parameter, master in zip(parameters.values(), masters, strict=True):
-                master.grad = _averaged(parameter, processes).div_(scale)
-                parameter.grad = None
+            total, put_back = 0.0, remember_random_states()
+            while True:
+                with torch.enable_grad(), processes.together() if processes else nullcontext():
+                    current = _checked(loss(batch), what, step)
+                samples = current.samples if counts else 0.0
+                total = float(processes.sum(torch.tensor(samples, dtype=torch.float64))) if processes else samples
+                scale = min(loss_scale(current, parameters.values()), largest_scale)
+                if samples or sharded:  # a process without samples still takes part in FSDP's backward pass
+                    backward(current.value, samples * number / (total or 1.0) * scale, parameters.values())
+                for parameter, master in zip(parameters.values(), masters, strict=True):
+                    master.grad = _averaged(parameter, processes).div_(scale)
+                    parameter.grad = None
+                if _finite(masters, processes if sharded else None):
+                    break
+                if scale <= 1:
+                    raise FloatingPointError(f"a gradient of step {step} of {what} is NaN or infinite; {UNCHANGED}")
+                largest_scale = scale / STEP_BACK
+                put_back()
             if clip < float("inf"):
                 nn.utils.clip_grad_norm_(masters, clip)
             optimizer.step()
@@ -112,10 +121,15 @@ def train_densely(
 def _checked(loss: Loss, what: str, step: int) -> Loss:
     check_loss(loss.value, step, "trained parameters")
     if loss.samples and not bool(torch.isfinite(loss.value)):
-        raise FloatingPointError(
-            f"the loss of step {step} of {what} is {loss.value.item()}; the parameters are as before."
-        )
+        raise FloatingPointError(f"the loss of step {step} of {what} is {loss.value.item()}; {UNCHANGED}")
     return loss
+
+
+def _finite(masters: Iterable[Tensor], sharing: Processes | None) -> bool:
+    """Whether all gradients are finite, of all processes that have parts of them."""
+    parts = [local(master.grad) for master in masters if master.grad is not None]
+    bad = torch.tensor(float(not all(bool(part.isfinite().all()) for part in parts)))
+    return not float(sharing.sum(bad) if sharing else bad)
 
 
 def _averaged(parameter: nn.Parameter, processes: Processes | None) -> Tensor:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
+from peft_sam.choosing.before import as_before, remember_random_states
 from peft_sam.choosing.linear_calls import LinearCall
 from peft_sam.choosing.processes import Processes
 from peft_sam.choosing.sums import Loss, Sums
@@ -64,7 +62,7 @@ def accumulate(
       same random signs v for all batches. Needs a loss that can be differentiated twice.
 
     One parameter's dense gradient exists at a time on top of the accumulators. Afterwards, also after an error, all
-    requires_grad flags, train/eval modes, `.grad`s, hooks and random states are as before.
+    requires_grad flags, train/eval modes, `.grad`s, buffers, hooks and random states are as before.
 
     Args:
         model: the module whose mode is set; eval unless `train_mode`.
@@ -90,7 +88,8 @@ def accumulate(
         processes = Processes(sums.sharing.device)
     samples, number = 0.0, 0
     with ExitStack() as stack:
-        stack.enter_context(as_before(model, sums.leaves, train_mode))
+        quantised = [call.module for call in sums.hidden.values()]
+        stack.enter_context(as_before(model, sums.leaves, train_mode, read_only=quantised))
         stack.enter_context(sums.listening(model))
         bar = stack.enter_context(
             tqdm(total=total, desc="Gradient statistics", dynamic_ncols=True, disable=not progress)
@@ -104,13 +103,16 @@ def accumulate(
                 if processes:
                     processes.at(f"batch {number}")
                 with torch.enable_grad():
+                    once_more = remember_random_states()
                     current = loss(batch)
-                    current = current if counts else Loss(current.value, 0.0)
+                    current = current if counts else replace(current, samples=0.0)
                     if in_step:
                         with in_step.together():
                             sums.add(current, number)
                     elif current.samples:  # the mean over nothing is no number
-                        sums.add(current, number)
+                        while not sums.add(current, number):
+                            once_more()
+                            current = loss(batch)
                 samples += current.samples
                 number += counts
                 bar.update(counts)
@@ -123,44 +125,3 @@ def accumulate(
             "loader that yields labelled batches."
         )
     return GradientStatistics(sums.means(samples, processes), samples, number, time.perf_counter() - start)
-
-
-@contextmanager
-def as_before(model: nn.Module, parameters: Mapping[str, Tensor], train_mode: bool) -> Iterator[None]:
-    """Give only `parameters` gradients and set the mode; put everything back at the end."""
-    wanted = {id(parameter) for parameter in parameters.values()}
-    everything = {id(p): p for p in (*model.parameters(), *parameters.values())}.values()
-    flags = [(parameter, parameter.requires_grad) for parameter in everything]
-    grads = [(parameter, parameter.grad) for parameter in parameters.values()]
-    modes = [(module, module.training) for module in model.modules()]
-    with _random_states():
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(id(parameter) in wanted)
-            for parameter, _ in grads:
-                parameter.grad = None
-            model.train(train_mode)
-            yield
-        except BaseException:
-            root = next((module for module in model.modules() if isinstance(module, FSDPModule)), None)
-            if root is not None:
-                root.reset_iter_state()  # torch's way out of an interrupted pass
-            raise
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            for parameter, grad in grads:
-                parameter.grad = grad
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-
-
-@contextmanager
-def _random_states() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -65,8 +65,6 @@ class _Best:
         """See the scores of a group's pieces."""
         mine = {name: scores[name] for name in self.pieces if name in group}
         k = min(self.k, sum(of_one.numel for of_one in mine.values()))
-        if k == 0:
-            return
         positions, _ = largest(mine, k)
         for name, of_one in mine.items():
             self.pieces[name].append(_Kept(group[name][0], positions[name], of_one))

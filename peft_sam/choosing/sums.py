@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from peft_sam.choosing.before import others_as_before
 from peft_sam.choosing.curvature import hessian_products
 from peft_sam.choosing.linear_calls import LinearCall
 from peft_sam.choosing.processes import Processes
 from peft_sam.choosing.shards import WholeParameters, is_sharded, local, sharing, sum_to_shard
 
-# A half-precision backward pass runs on a loss this many times larger, so that small gradients do not vanish; a
-# power of two, so that dividing by it again is exact.
+# A backward pass in float16 runs on a loss this many times larger, so that small gradients do not vanish, and on a
+# smaller one where large ones overflow. Powers of two, so that dividing by them again is exact.
 HALF_PRECISION_LOSS_SCALE = 2.0**10
+STEP_BACK = 2.0**5
+# before the name of a parameter, its term of the Hessian
+HESSIAN = "hessian of "
 
 
 @dataclass(frozen=True)
 class Loss:
-    """The mean loss of one batch, and over how many examples (target tokens) it is the mean."""
+    """The mean loss of one batch, and over how many examples (target tokens) it is the mean.
+
+    Attributes:
+        half_precision: whether it was computed in float16 by autocast.
+
+    Raises:
+        ValueError: if the number is none, or negative.
+    """
 
     value: Tensor
     samples: float
+    half_precision: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.samples < inf:
+            raise ValueError(
+                f"a batch counts as {self.samples} samples; expected a finite number that is at least 0. If count_fn "
+                "gave it, mend that: it says over how many samples the batch's loss is a mean."
+            )
 
 
 def _add_gradient(into: Tensor, gradient: Tensor, weight: float, unscale: float) -> None:
@@ -82,8 +103,12 @@ class Sums:
         self.in_host_memory = in_host_memory
         self.of_calls: dict[str, Tensor] = {}
         self.tensors = {kind: {name: self._accumulator(name) for name in parameters} for kind in kinds}
-        self.weight, self.unscale = 0.0, 1.0
+        self.weight, self.scale, self.largest_scale = 0.0, 1.0, HALF_PRECISION_LOSS_SCALE
         self.seen: list[tuple[str, Tensor]] = []
+        # of one batch: how many terms of a name there were; whether each is finite; which were not, at a larger scale
+        self.arrived: Counter[str] = Counter()
+        self.finite: list[tuple[tuple[str, int], Tensor]] = []
+        self.lacking: set[tuple[str, int]] | None = None
 
     @contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
@@ -100,27 +125,34 @@ class Sums:
             for handle in handles:
                 handle.remove()
 
-    def add(self, loss: Loss, number: int) -> None:
+    def add(self, loss: Loss, number: int) -> bool:
         """Run batch `number` backward.
+
+        Returns:
+            Whether all of it was added. If not, float16 overflowed: the batch is to come once more, for what lacks.
 
         Raises:
             ValueError: if the loss is not one number, or has no gradient.
             FloatingPointError: if it or a gradient is NaN or infinite.
         """
         check_loss(loss.value, number)
-        scale = loss_scale(loss.value, self.parameters.values())
-        self.weight, self.unscale = loss.samples, 1.0 / scale
-        self.seen.clear()
-        self.of_calls.clear()
+        self.scale = 1.0 if self.sharing else min(loss_scale(loss, self.parameters.values()), self.largest_scale)
+        self.weight = loss.samples
+        for of_the_batch in (self.seen, self.finite, self.of_calls, self.arrived):
+            of_the_batch.clear()
         if "hessian" in self.tensors:
-            self._add_hessian(loss.value * scale)
+            self._add_hessian(loss.value * self.scale)
         else:
-            (loss.value * scale).backward()
+            backward(loss.value, self.scale, self.leaves.values())
         for name in list(self.of_calls):
             self._add(name, self.of_calls.pop(name))
         if loss.samples and not bool(torch.isfinite(loss.value)):
             raise FloatingPointError(f"the loss of batch {number} is {loss.value.item()}; nothing was selected.")
         self._check(number)
+        self.lacking = {key for key, good in self.finite if not bool(good)} or None
+        if self.lacking:
+            self.largest_scale = self.scale / STEP_BACK
+        return self.lacking is None
 
     def _take_from_call(self, name: str, gradient: Tensor) -> None:
         """A layer may run several times in a batch: the calls' gradients add up before they are squared."""
@@ -138,9 +170,10 @@ class Sums:
         for name, gradient in gradients.items():
             self._add(name, gradient.detach())
         for name, product in hessian_products(gradients, self.parameters, self.probes, self.seed):
-            self.seen.append((name, product.sum(dtype=torch.float32)))
-            into = self.tensors["hessian"][name]
-            into.add_(self._piece(name, product).to(into.device), alpha=self.weight * self.unscale / self.probes)
+            term = self._new(HESSIAN + name, product)
+            if term is not None:
+                into = self.tensors["hessian"][name]
+                into.add_(self._piece(name, term).to(into.device), alpha=self.weight / self.scale / self.probes)
 
     def _take(self, name: str, parameter: Tensor) -> None:
         gradient = parameter.grad
@@ -148,20 +181,34 @@ class Sums:
         assert gradient is not None
         self._add(name, gradient.to_dense() if gradient.is_sparse else gradient)
 
-    def _add(self, name: str, gradient: Tensor) -> None:
+    def _new(self, name: str, term: Tensor) -> Tensor | None:
+        """A term as it is to be added: nothing of it if it overflowed, None if it was added at a larger scale."""
+        key = (name, self.arrived[name])
+        self.arrived[name] += 1
+        if self.lacking is not None and key not in self.lacking:
+            return None
+        if self.scale > 1:
+            self.finite.append((key, term.isfinite().all()))
+            return torch.where(self.finite[-1][1], term, 0.0)
         if self.weight:
-            self.seen.append((name, gradient.sum(dtype=torch.float32)))
-        parameter, gradient = self.parameters[name], self._piece(name, gradient)
+            self.seen.append((name, term.sum(dtype=torch.float32)))
+        return term
+
+    def _add(self, name: str, gradient: Tensor) -> None:
+        new = self._new(name, gradient)
+        if new is None:
+            return
+        parameter, gradient = self.parameters[name], self._piece(name, new)
         for kind, add in ACCUMULATE.items():
             if kind in self.tensors:
                 into = self.tensors[kind][name]
                 if isinstance(parameter, DTensor):
                     term = torch.zeros_like(gradient, dtype=into.dtype)
                     if self.weight:  # a mean over nothing may be no number
-                        add(term, gradient, self.weight, self.unscale)
+                        add(term, gradient, self.weight, 1.0 / self.scale)
                     into.add_(sum_to_shard(term, parameter).to(into.device))
                 else:
-                    add(into, gradient.to(into.device), self.weight, self.unscale)
+                    add(into, gradient.to(into.device), self.weight, 1.0 / self.scale)
 
     def _accumulator(self, name: str) -> Tensor:
         parameter = self.parameters[name]
@@ -184,9 +231,10 @@ class Sums:
         finite = torch.stack([total.to(device) for _, total in self.seen]).isfinite().tolist()
         for (name, _), good in zip(self.seen, finite, strict=True):
             # a sum of large finite entries may overflow too
-            if not good and not all(bool(of[name].isfinite().all()) for of in self.tensors.values()):
+            of_whom = name.removeprefix(HESSIAN)
+            if not good and not all(bool(of[of_whom].isfinite().all()) for of in self.tensors.values()):
                 raise FloatingPointError(
-                    f"the gradient of {name!r} in batch {number} has NaN or infinite entries; nothing was selected."
+                    f"the gradient of {of_whom!r} in batch {number} has NaN or infinite entries; nothing was selected."
                 )
 
     def means(self, samples: float, processes: Processes | None) -> dict[str, dict[str, Tensor]]:
@@ -219,11 +267,16 @@ def check_loss(loss: Tensor, number: int, depends_on: str = "candidate parameter
         )
 
 
-def loss_scale(loss: Tensor, parameters: Iterable[Tensor]) -> float:
-    """What a loss is multiplied by for its backward pass."""
-    autocast = torch.is_autocast_enabled(loss.device.type) and torch.get_autocast_dtype(loss.device.type)
-    half = autocast == torch.float16 or any(p.dtype == torch.float16 for p in parameters)
+def loss_scale(loss: Loss, parameters: Iterable[Tensor]) -> float:
+    """What a loss is multiplied by for its backward pass, at most."""
+    half = loss.half_precision or any(parameter.dtype == torch.float16 for parameter in parameters)
     return HALF_PRECISION_LOSS_SCALE if half else 1.0
+
+
+def backward(loss: Tensor, factor: float, wanted: Iterable[Tensor]) -> None:
+    """Run a loss times a factor backward, for the gradients of the leaves `wanted` alone."""
+    with others_as_before(loss, set(map(id, wanted))):
+        loss.backward(torch.full_like(loss, factor))  # times the loss it may be too large for float16
 
 
 def raise_no_gradient(parameters: int) -> NoReturn:

@@ -1,7 +1,8 @@
 """Which k entries win: the exact k-th largest score over many tensors, without gathering or sorting them.
 
 For non-negative float32 numbers the bit pattern read as an integer keeps the order. A histogram of the upper 16
-bits finds the bin of the k-th largest, one of the lower 16 bits inside that bin finds the number itself.
+bits finds the bin of the k-th largest, one of the lower 16 bits inside that bin finds the number itself. -1 marks an
+entry that is never to win, whatever k: one whose score is NaN, or that has no gradient.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 from peft_sam.choosing.processes import Processes
 
 BINS = 1 << 16
+NEVER = -1
+INFINITE = int(torch.tensor(torch.inf).view(torch.int32))
 
 
 def budget_of(density: float, entries: int) -> int:
@@ -23,13 +26,14 @@ def budget_of(density: float, entries: int) -> int:
 
 
 def bits_of(scores: Tensor) -> Tensor:
-    """Non-negative scores of any float dtype as order-preserving int32."""
+    """Non-negative scores of any float dtype as order-preserving int32; NaN is never to win."""
     # + 0.0 turns a negative zero into a positive one
-    return (scores.flatten().to(torch.float32) + 0.0).view(torch.int32)
+    flat = scores.flatten().to(torch.float32) + 0.0
+    return flat.view(torch.int32).masked_fill_(flat.isnan(), NEVER)
 
 
 def kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, sharing: Processes | None = None) -> tuple[int, int]:
-    """The bits of the k-th largest score, and how many scores are larger.
+    """The bits of the k-th largest score, and how many scores are larger; `NEVER` if fewer than k may win.
 
     Args:
         chunks: gives the scores anew at each call, as int32 bits in pieces of any size.
@@ -37,41 +41,52 @@ def kth_largest(chunks: Callable[[], Iterable[Tensor]], k: int, sharing: Process
         sharing: the processes that hold the scores, if this one holds a part: two sums of 65,536 counts.
     """
     upper, above = _bin_of(_histogram((bits >> 16 for bits in chunks()), sharing), k, 0)
+    if upper == NEVER:
+        return NEVER, above
     inside = (bits[(bits >> 16) == upper] & (BINS - 1) for bits in chunks())
     lower, above = _bin_of(_histogram(inside, sharing), k, above)
     return (upper << 16) | lower, above
 
 
 def _histogram(values: Iterator[Tensor], sharing: Processes | None) -> Tensor:
-    counts = torch.zeros(BINS, dtype=torch.int64, device="cpu")
+    """How often each number from -1 on comes."""
+    counts = torch.zeros(BINS + 1, dtype=torch.int64, device="cpu")
     for value in values:
-        counts += torch.bincount(value, minlength=BINS).cpu()
+        counts += torch.bincount(value + 1, minlength=BINS + 1).cpu()
     return counts if sharing is None else sharing.sum(counts)
 
 
 def _bin_of(counts: Tensor, k: int, above: int) -> tuple[int, int]:
-    """The bin that holds the k-th largest, and the number of scores in higher bins, `above` included."""
+    """The number in whose bin the k-th largest is, and how many scores are in higher bins, `above` included."""
     at_least = counts.flip(0).cumsum(0).flip(0) + above
     found = int((at_least >= k).nonzero()[-1])
-    return found, int(at_least[found] - counts[found])
+    return found - 1, int(at_least[found] - counts[found])
 
 
 def largest(
     bits: Mapping[str, Callable[[], Iterable[Tensor]]], k: int, sharing: Processes | None = None
 ) -> tuple[dict[str, Tensor], float]:
-    """Positions of the k largest scores over several tensors, and the smallest of these scores.
+    """Positions of the k largest scores over several tensors, of fewer where fewer may win; the smallest such score.
 
     Ties are broken by (order of the tensors, process, flat position).
 
     Args:
         bits: name → chunks of the tensor's scores, as in `kth_largest`, in flat order.
-        k: between 1 and the number of scores.
+        k: at most the number of scores.
         sharing: the processes that hold parts of these tensors, if they are sharded.
 
     Returns:
-        name → sorted int64 positions in this process's part, on the CPU, k in all; the threshold as a number.
+        name → sorted int64 positions in this process's part, on the CPU, k in all; the threshold as a number, infinite
+        if nothing may win.
     """
-    threshold, above = kth_largest(lambda: (chunk for chunks in bits.values() for chunk in chunks()), k, sharing)
+
+    def every() -> Iterator[Tensor]:
+        return (chunk for chunks in bits.values() for chunk in chunks())
+
+    threshold, above = kth_largest(every, k, sharing) if k else (NEVER, 0)
+    if threshold == NEVER:
+        k = above
+        threshold, above = kth_largest(every, k, sharing) if k else (INFINITE, 0)
     ties = k - above
     rooms = {} if sharing is None else _rooms(bits, threshold, ties, sharing)
     positions = {}

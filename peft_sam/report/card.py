@@ -145,5 +145,6 @@ def _pass(chosen: dict[str, Any]) -> str:
     if chosen.get("batches"):
         steps = chosen.get("head_warmup_steps")
         warm = f", after {steps:,} steps of training the head alone" if steps else ""
-        return f"{chosen.get('samples') or 0:,.0f} samples in {chosen['batches']:,} batches{warm}"
+        seen = f"{chosen.get('samples') or 0:,.0f} {chosen.get('unit', 'samples')}"
+        return f"{seen} in {chosen['batches']:,} batches{warm}"
     return "no data" if "batches" in chosen else "not recorded"

@@ -1,64 +1,103 @@
-"""Where the pass gets its batches, their losses, and over how many samples each loss is a mean."""
+"""Where the pass gets its batches and their losses: from a Trainer, or from a loader and a model."""
 
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from accelerate.data_loader import (
-    BatchSamplerShard,
-    DataLoaderDispatcher,
-    DataLoaderShard,
-    IterableDatasetShard,
-    prepare_data_loader,
-)
-from accelerate.utils import find_batch_size, send_to_device, slice_tensors
-from peft import PeftModel
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard, prepare_data_loader
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from peft_sam.choosing.gradients import Loss
+from peft_sam.choosing.before import random_states_as_before
+from peft_sam.choosing.sums import Loss
+from peft_sam.selecting.counts import Counts
+from peft_sam.selecting.once import read_once
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-IGNORED_LABEL = -100
+# A container of a Trainer with more elements is data, not a record of training.
+MANY = 10_000
 
-# Where trainers of TRL and sentence-transformers write down what `compute_loss` saw, for their next log.
-RECORDS = ("_metrics", "_total_train_tokens", "accum_loss_components")
+
+class Source(NamedTuple):
+    """What a pass reads.
+
+    Attributes:
+        batches: as the loader gives them.
+        loss: batch → its mean loss and what it counts.
+        counts: knows of what the batches are counted.
+        steps: so many batches will be trained on, if that is known.
+    """
+
+    batches: Iterable[Any]
+    loss: Callable[[Any], Loss]
+    counts: Counts
+    steps: int | None = None
 
 
 @contextmanager
-def from_trainer(
-    trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], float] | None
-) -> Iterator[tuple[Iterable[Any], Callable[[Any], Loss]]]:
-    """A Trainer's train batches, and its `compute_loss` as the mean loss of a batch."""
-    accelerator = trainer.accelerator
-    prepared_before = list(accelerator._dataloaders)
-    records = {name: copy.deepcopy(getattr(trainer, name)) for name in RECORDS if hasattr(trainer, name)}
+def from_trainer(trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], float] | None) -> Iterator[Source]:
+    """A Trainer's train batches, prepared as in training, and its `compute_loss` as the mean loss of a batch.
+
+    What the Trainer writes down on the way (metrics, counters, buffered generations) is as before afterwards.
+    """
+    accelerator, args = trainer.accelerator, trainer.args
     takes_count = bool(trainer.model_accepts_loss_kwargs or trainer.compute_loss_func)
     # compute_loss multiplies by this, for the average over processes that DDP takes of gradients
-    factor = accelerator.num_processes if takes_count and trainer.args.average_tokens_across_devices else 1
+    factor = accelerator.num_processes if takes_count and args.average_tokens_across_devices else 1
 
-    def loss(batch: Any) -> Loss:
-        batch = send_to_device(batch, trainer.args.device)
-        samples = _count(model, batch) if count_fn is None else count_fn(batch)
-        items = torch.tensor(samples, device=trainer.args.device) if takes_count and "labels" in batch else None
+    def compute(batch: Any, samples: float) -> tuple[Tensor, bool]:
+        items = torch.tensor(samples, device=args.device) if takes_count and "labels" in batch else None
         with trainer.compute_loss_context_manager(), accelerator.autocast():
             value = trainer.compute_loss(model, batch, num_items_in_batch=items)
-        return Loss(value if items is None else value / factor, samples)
+            return value if items is None else value / factor, in_float16(args.device)
 
+    def loss(batch: Any) -> Loss:
+        batch = trainer._prepare_inputs(batch)
+        samples = counts.of(batch)
+        value, half = compute(batch, samples)
+        return Loss(value, samples, half)
+
+    counts = Counts(model, lambda batch: compute(batch, 1.0)[0], count_fn)
+    steps = args.max_steps * args.gradient_accumulation_steps if args.max_steps > 0 else None
+    with _trainer_as_before(trainer), random_states_as_before(), read_once(trainer.get_train_dataloader()) as batches:
+        yield Source(batches, loss, counts, steps)
+
+
+@contextmanager
+def _trainer_as_before(trainer: Trainer) -> Iterator[None]:
+    """Let a Trainer prepare and compute outside of its training."""
+    prepared = list(trainer.accelerator._dataloaders)
+    before = {name: copy.deepcopy(of) for name, of in vars(trainer).items() if _is_record(of)}
+    state = {name: copy.deepcopy(of) for name, of in vars(trainer.state).items() if _is_record(of)}
+    names = set(vars(trainer))
+    if not hasattr(trainer, "current_gradient_accumulation_steps"):
+        trainer.current_gradient_accumulation_steps = 1  # set in training, and asked for by trainers of TRL
     try:
-        with _read_once(trainer.get_train_dataloader()) as batches:
-            yield batches, loss
+        yield
     finally:
-        accelerator._dataloaders[:] = prepared_before
-        vars(trainer).update(records)
+        trainer.accelerator._dataloaders[:] = prepared
+        vars(trainer).update(before)
+        vars(trainer.state).update(state)
+        for name in set(vars(trainer)) - names:
+            delattr(trainer, name)
+
+
+def _is_record(value: Any) -> bool:
+    """Whether this is what trainers write down of training: numbers and texts, in containers or not."""
+    if isinstance(value, dict):
+        return len(value) <= MANY and all(map(_is_record, value.values()))
+    if isinstance(value, (list, tuple, deque)):
+        return len(value) <= MANY and all(map(_is_record, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 @contextmanager
@@ -68,16 +107,15 @@ def from_loader(
     accelerator: Accelerator | None,
     loss_fn: Callable[[nn.Module, Any], Tensor] | None,
     count_fn: Callable[[Any], float] | None,
-) -> Iterator[tuple[Iterable[Any], Callable[[Any], Loss]]]:
+) -> Iterator[Source]:
     """The batches of a loader, shared over the accelerator's processes, and `loss_fn` or the model's own loss.
 
     Raises:
-        ValueError: here if there is no loader; by the loss if it is none, or the batch is not for the model.
+        ValueError: here if there is no loader, or something else in its place; by the loss if it is none, or the batch
+            is not for the model.
     """
-    if dataloader is None:
-        raise ValueError(
-            "this score needs data: call select_parameters(trainer) or select_parameters(model, dataloader)."
-        )
+    _check_loader(dataloader)
+    assert dataloader is not None
     device = next(model.parameters()).device
     if accelerator is not None:
         device = accelerator.device
@@ -90,16 +128,80 @@ def from_loader(
                 put_on_device=True,
             )
 
-    def loss(batch: Any) -> Loss:
-        batch = send_to_device(batch, device)
+    def compute(batch: Any) -> tuple[Tensor, bool]:
         with nullcontext() if accelerator is None else accelerator.autocast():
             value = _loss_of_model(model, batch) if loss_fn is None else loss_fn(model, batch)
+            half = in_float16(device)
         if not isinstance(value, Tensor):
             raise ValueError(f"loss_fn must return the mean loss of the batch as a tensor; got {type(value).__name__}.")
-        return Loss(value, _count(model, batch) if count_fn is None else count_fn(batch))
+        return value, half
 
-    with _read_once(dataloader) as batches:
-        yield batches, loss
+    def loss(batch: Any) -> Loss:
+        batch = send_to_device(batch, device)
+        if count_fn is None:
+            _check_batch(batch, loss_fn is None)
+        samples = counts.of(batch)
+        value, half = compute(batch)
+        return Loss(value, samples, half)
+
+    counts = Counts(model, lambda batch: compute(batch)[0], count_fn)
+    with read_once(dataloader) as batches:
+        yield Source(batches, loss, counts)
+
+
+def in_float16(device: torch.device) -> bool:
+    """Whether autocast computes in float16 here."""
+    kind = device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+
+def _check_loader(loader: Any) -> None:
+    """Whether this may give batches.
+
+    Raises:
+        ValueError: if not; says what it is instead.
+    """
+    if loader is None:
+        raise ValueError(
+            "this score needs data: call select_parameters(trainer) or select_parameters(model, dataloader)."
+        )
+    of_datasets = type(loader).__module__.partition(".")[0] == "datasets"
+    if of_datasets or (isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)):
+        raise ValueError(
+            f"a {type(loader).__name__} gives rows, not batches: pass torch.utils.data.DataLoader(dataset, "
+            "batch_size=..., collate_fn=...)."
+        )
+    if isinstance(loader, (Mapping, Tensor)) or not isinstance(loader, Iterable):
+        raise ValueError(
+            f"expected a DataLoader or a list of batches; got a {type(loader).__name__}. Of one batch, pass [batch]."
+        )
+
+
+def _check_batch(batch: Any, for_the_model: bool) -> None:
+    """Whether this is a batch and not a row of a dataset.
+
+    Raises:
+        ValueError: if it is a row; says what shows it.
+    """
+    named = dict(batch.items()) if isinstance(batch, Mapping) else {}
+    parts = named.values() if named else batch if isinstance(batch, (list, tuple)) else ()
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    labels = named.get("labels")
+    found = None
+    if named and for_the_model and not tensors:
+        found = f"no tensors in {sorted(named)}"
+    elif isinstance(labels, Tensor) and labels.ndim == 0:
+        found = "labels without a dimension"
+    elif for_the_model and isinstance(ids := named.get("input_ids"), Tensor) and ids.ndim == 1:
+        found = "input_ids of one dimension"
+    elif not named and {min(tensor.ndim, 1) for tensor in tensors} == {0, 1}:
+        found = f"tensors of shapes {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}"
+    if found:
+        raise ValueError(
+            f"this is a row of a dataset and no batch: it has {found}. Pass torch.utils.data.DataLoader(dataset, "
+            "batch_size=..., collate_fn=...), or, if it is a batch, count_fn to say over how many samples its loss is "
+            "a mean."
+        )
 
 
 def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
@@ -116,104 +218,3 @@ def _loss_of_model(model: nn.Module, batch: Any) -> Tensor:
             "loss_fn=lambda model, batch: ... to say how the loss is computed."
         )
     return loss
-
-
-@contextmanager
-def _read_once(loader: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """Batches in which no sample comes twice, and word to Accelerate if the loader is left early.
-
-    Accelerate repeats samples so that all processes get as many: harmless in training, wrong in a mean over the data.
-    """
-    if not isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)):
-        yield loader
-        return
-    sampler: Any = getattr(loader, "batch_sampler", None)
-    dataset = loader.dataset
-    evens = isinstance(sampler, BatchSamplerShard) and sampler.even_batches
-    try:
-        if evens:
-            sampler.even_batches = False
-        if type(dataset) is IterableDatasetShard:
-            dataset.__class__ = _UnpaddedShard
-        yield _WithoutRepeats(loader) if isinstance(loader, DataLoaderDispatcher) else loader
-    finally:
-        if evens:
-            sampler.even_batches = True
-        if type(dataset) is _UnpaddedShard:
-            dataset.__class__ = IterableDatasetShard
-        loader.end()
-
-
-class _UnpaddedShard(IterableDatasetShard):
-    """One process's share of a stream that ends when the stream does."""
-
-    def __iter__(self) -> Iterator[Any]:
-        processes = self.num_processes
-        size = self.batch_size // processes if self.split_batches else self.batch_size
-        mine = range(self.process_index * size, (self.process_index + 1) * size)
-        for number, element in enumerate(self.dataset):
-            if number % (size * processes) in mine:
-                yield element
-
-
-class _WithoutRepeats:
-    """The batches of a loader that sends out parts of what the first process reads."""
-
-    def __init__(self, loader: DataLoaderDispatcher) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[Any]:
-        loader = self.loader
-        for batch in loader:
-            if loader.end_of_dataloader:
-                size = find_batch_size(batch)
-                own = max(0, min(size, loader.remainder - size * loader.state.process_index))
-                if own == 0:
-                    return
-                batch = slice_tensors(batch, slice(0, own))
-            yield batch
-
-
-def replayed(batches: Iterable[Any]) -> Iterator[Iterable[Any]]:
-    """The batches again and again, in the same order whatever shuffles them.
-
-    Raises:
-        ValueError: if they can be read only once.
-    """
-    if isinstance(batches, Iterator):
-        raise ValueError(
-            "memory_budget asks for several passes over the data, but these batches can be read only once "
-            f"({type(batches).__name__}): pass a DataLoader or a list, or a larger memory_budget."
-        )
-    loader: Any = batches.loader if isinstance(batches, _WithoutRepeats) else batches
-    generators = {
-        id(g): g for of in (loader, getattr(loader, "sampler", None)) if (g := getattr(of, "generator", None))
-    }
-    states = {key: generator.get_state() for key, generator in generators.items()}
-    epoch = getattr(loader, "iteration", None)
-    while True:
-        for key, state in states.items():
-            generators[key].set_state(state)
-        if epoch is not None:
-            loader.iteration = epoch
-        yield batches
-
-
-def _count(model: nn.Module, batch: Any) -> float:
-    """Over how many samples the loss of a batch is a mean: its target tokens if it has token labels, else examples."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, Tensor) and labels.ndim > 1 and not labels.is_floating_point():
-        if "shift_labels" in batch:
-            labels = batch["shift_labels"]
-        elif _shifts_labels(model):
-            labels = labels[..., 1:]
-        return int((labels != IGNORED_LABEL).sum())
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    lengths = [len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim]
-    return lengths[0] if lengths else 1
-
-
-def _shifts_labels(model: nn.Module) -> bool:
-    """Whether the model's own loss compares position i with label i + 1."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return type(base).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()

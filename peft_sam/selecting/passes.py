@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import psutil
@@ -21,14 +22,18 @@ from peft_sam.choosing.linear_calls import LinearCall
 from peft_sam.choosing.movement import rehearse
 from peft_sam.choosing.processes import Processes
 from peft_sam.choosing.shards import sharing
-from peft_sam.choosing.sums import Loss
 from peft_sam.config import CURVATURES, SamConfig
 from peft_sam.layers.linear import SamLinear
 from peft_sam.scores import SCORES
-from peft_sam.selecting.batches import replayed
+from peft_sam.selecting.batches import Source
+from peft_sam.selecting.order import replayed
 from peft_sam.selection import Selection
 from peft_sam.tuner.candidates import candidates_of, hidden_of, trained_besides
 
+# So many batches are read of a loader that cannot say how many it has, and may go on without end.
+STREAM = 1000
+# A pass over more batches than so many says that it could read fewer.
+MANY = 200
 # One pass with accumulators in host memory is taken for cheaper than more than so many passes without: it moves every
 # gradient of every batch to the host and adds it there.
 PASSES_WORTH_THE_HOST = 4
@@ -73,34 +78,37 @@ def select_by_data(
     adapted: nn.Module,
     adapter_name: str,
     config: SamConfig,
-    batches: Iterable[Any],
-    loss: Callable[[Any], Loss],
+    source: Source,
     *,
     max_batches: int | None,
-    memory_budget: int | str | None,
+    memory_budget: float | str | None,
     train_mode: bool,
     processes: Processes | None,
     progress: bool,
 ) -> Selection:
     """Run the passes of `model` for a pending adapter of `adapted`, itself or a part of it, and choose."""
     candidates = candidates_of(adapted, adapter_name)
+    batches, loss = source.batches, source.loss
     passes = _passes(candidates, config, memory_budget)
     options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
     if "movement" in config.statistics:
-        steps, besides = _steps(batches, max_batches, processes), trained_besides(model)
+        steps, besides = _steps(source, max_batches, processes), trained_besides(model)
         found = rehearse(model, candidates, besides, batches, loss, steps=steps, processes=processes, progress=progress)
-        return _told(choose(candidates, statistics=found.tensors, **options), [found])
+        return _told(choose(candidates, statistics=found.tensors, **options), [found], source)
     calls, alone = _linear_calls(adapted, adapter_name), len(passes.groups) == 1
     again = iter([batches]) if alone else replayed(batches)
+    most = most_batches(source, max_batches)
     if progress and memory_budget is not None:
         tqdm.write(f"memory_budget={memory_budget!r}: {passes}.")
+    if progress and max_batches is None and (length := _length(batches)) is not None and length > MANY:
+        tqdm.write(f"The pass reads all {length:,} batches; max_batches=... would read only the first so many.")
     seen: list[GradientStatistics] = []
 
     def run(group: Group) -> Mapping[str, Mapping[str, Tensor]]:
         found = accumulate(
             model,
             {name: candidates[name] for name in group},
-            _first(next(again), max_batches),
+            _first(next(again), most),
             loss,
             statistics=config.statistics,
             train_mode=train_mode,
@@ -110,22 +118,42 @@ def select_by_data(
             pieces={} if alone else group,
             in_host_memory=passes.in_host_memory,
             processes=processes,
-            total=_length(batches, max_batches),
+            total=_least(_length(batches), most),
             progress=progress,
         )
         seen.append(found)
         return _curved(candidates, config, found.tensors)
 
     if alone:
-        return _told(choose(candidates, statistics=run(passes.groups[0]), **options), seen)
-    return _told(choose_by_groups(candidates, passes.groups, run, **options), seen)
+        selection = choose(candidates, statistics=run(passes.groups[0]), **options)
+    else:
+        selection = choose_by_groups(candidates, passes.groups, run, **options)
+    _warn_of_stream(source, max_batches, seen[-1].batches)
+    return _told(selection, seen, source)
 
 
-def _told(selection: Selection, passes: Sequence[GradientStatistics]) -> Selection:
+def _told(selection: Selection, passes: Sequence[GradientStatistics], source: Source) -> Selection:
     """The selection, with the extent of the passes that it is from."""
-    selection.samples, selection.batches = passes[-1].samples, passes[-1].batches
+    selection.samples, selection.batches, selection.unit = passes[-1].samples, passes[-1].batches, source.counts.unit
     selection.seconds = sum(one.seconds for one in passes)
     return selection
+
+
+def most_batches(source: Source, max_batches: int | None) -> int | None:
+    """How many batches a pass reads at most; None: all that there are."""
+    if max_batches is not None or _length(source.batches) is not None:
+        return max_batches
+    return _least(source.steps, STREAM)
+
+
+def _warn_of_stream(source: Source, max_batches: int | None, read: int) -> None:
+    if most_batches(source, max_batches) == STREAM and max_batches is None and read >= STREAM:
+        warnings.warn(
+            f"the loader cannot say how many batches it has, and the pass stopped after {STREAM:,}: pass max_batches "
+            "to read fewer, or more.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 def _curved(
@@ -139,7 +167,7 @@ def _curved(
     return {"curvature": curvature, **{kind: of for kind, of in statistics.items() if kind != source}}
 
 
-def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: int | str | None) -> Passes:
+def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: float | str | None) -> Passes:
     """The passes within a budget.
 
     Raises:
@@ -153,7 +181,9 @@ def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: 
     sizes = {name: parameter.numel() for name, parameter in candidates.items()}
     if memory_budget is None:
         return Passes(_all(sizes), False)
-    budget = convert_file_size_to_int(memory_budget)
+    if isinstance(memory_budget, bool) or not isinstance(memory_budget, (int, float, str)):
+        raise ValueError(f"memory_budget is a number of bytes or a text as '8GiB'; got {memory_budget!r}.")
+    budget = convert_file_size_to_int(memory_budget) if isinstance(memory_budget, str) else int(memory_budget)
     widest = max(torch.promote_types(p.dtype, torch.float32).itemsize for p in candidates.values())
     entry = widest * len(config.statistics)
     if budget < entry:
@@ -173,13 +203,14 @@ def _passes(candidates: Mapping[str, Tensor], config: SamConfig, memory_budget: 
     return passes
 
 
-def _steps(batches: Iterable[Any], max_batches: int | None, processes: Processes | None) -> int:
+def _steps(source: Source, max_batches: int | None, processes: Processes | None) -> int:
     """Of a rehearsal: as many on every process.
 
     Raises:
         ValueError: if nobody knows how many batches there are.
     """
-    steps = max_batches or _length(batches, None)
+    lengths = (max_batches, _length(source.batches), source.steps)
+    steps = next((length for length in lengths if length is not None), None)
     if steps is None:
         raise ValueError(
             "score 'movement' must know how many steps to take, and the loader has no length: pass max_batches."
@@ -209,9 +240,12 @@ def _first(batches: Iterable[Any], number: int | None) -> Iterator[Any]:
     yield from itertools.islice(batches, number)
 
 
-def _length(batches: Iterable[Any], max_batches: int | None) -> int | None:
+def _length(batches: Iterable[Any]) -> int | None:
     try:
-        length = len(batches) if isinstance(batches, Sized) else None
+        return len(batches) if isinstance(batches, Sized) else None
     except TypeError:  # a loader over an iterable dataset
-        length = None
-    return max_batches if length is None else min(length, max_batches or length)
+        return None
+
+
+def _least(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)

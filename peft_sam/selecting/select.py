@@ -5,13 +5,15 @@ Takes a Trainer, or a model and batches; runs the pass over the data; chooses; g
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import Trainer
 
-from peft_sam.choosing.choose import choose
+from peft_sam.choosing.choose import choose, entries_asked_for
 from peft_sam.choosing.dense import copy_whole, restoring, train_densely
 from peft_sam.choosing.processes import Processes
 from peft_sam.config import SamConfig
@@ -37,7 +39,7 @@ def select_parameters(
     loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
     count_fn: Callable[[Any], float] | None = None,
     max_batches: int | None = None,
-    memory_budget: int | str | None = None,
+    memory_budget: float | str | None = None,
     train_mode: bool = False,
     head_warmup_steps: int = 0,
     head_warmup_lr: float = 1e-3,
@@ -46,7 +48,7 @@ def select_parameters(
 ) -> Selection:
     """Choose the parameters that a pending SAM adapter trains. Once, before training.
 
-    Runs the loss forward and backward over the data, with every random state, mode, gradient and flag put back
+    Runs the loss forward and backward over the data, with every random state, buffer, mode, gradient and flag put back
     afterwards, and selects the ⌊p·m⌋ entries with the largest score; for the default score, the entries where the
     gradient of the mean loss is largest.
 
@@ -60,7 +62,8 @@ def select_parameters(
         loss_fn: (model, batch) → mean loss of the batch, with a model. By default `model(**batch).loss`.
         count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
             default the number of target tokens where `labels` are token labels, else the number of examples.
-        max_batches: stop after so many batches; None for all of them. Of the score "movement": the number of steps.
+        max_batches: stop after so many batches; None for all of them, or, of a loader that cannot say how many it has,
+            for the first 1,000 at most. Of the score "movement": the number of steps.
         memory_budget: for the statistics, in bytes or as "8GiB"; None for what one pass needs, a float32 number per
             candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
             selection is the same.
@@ -94,8 +97,8 @@ def select_parameters(
     accelerator = trainer.accelerator if trainer is not None else accelerator
     if accelerator is not None:
         model = accelerator.unwrap_model(model)
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(f"max_batches must be at least 1, or None for all batches; got {max_batches}.")
+    if max_batches is not None and not (_is_whole(max_batches) and max_batches >= 1):
+        raise ValueError(f"max_batches must be an integer of at least 1, or None for all batches; got {max_batches!r}.")
     adapted = _adapted_part(model)
     adapter_name, config = _pending_adapter(adapted, adapter_name)
     check_not_taken(model, adapted, adapter_name, trainer, accelerator)
@@ -110,14 +113,14 @@ def select_parameters(
                 if trainer is not None
                 else from_loader(passing, dataloader, accelerator, loss_fn, count_fn)
             )
-            with source_of_batches as (batches, loss), selecting(sam_layers(passing).values()):
+            with source_of_batches as read, selecting(sam_layers(passing).values()):
                 if head:
                     its_head = trained_besides(passing)
                     train_densely(
                         passing,
                         its_head,
-                        batches,
-                        loss,
+                        read.batches,
+                        read.loss,
                         what="Head warm-up",
                         steps=head_warmup_steps,
                         lr=head_warmup_lr,
@@ -131,8 +134,7 @@ def select_parameters(
                         _adapted_part(passing),
                         adapter_name,
                         config,
-                        batches,
-                        loss,
+                        read,
                         max_batches=max_batches,
                         memory_budget=memory_budget,
                         train_mode=train_mode,
@@ -140,6 +142,7 @@ def select_parameters(
                         progress=shown,
                     )
                     selection.head_warmup_steps = head_warmup_steps
+                    tell_if_fewer(selection)
         if selection is None:
             selection = choose_for(candidates_of(adapted, adapter_name), config)
         apply_selection(adapted, adapter_name, config, selection)
@@ -148,7 +151,34 @@ def select_parameters(
 
 def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
-    return choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+    found = choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+    tell_if_fewer(found)
+    return found
+
+
+class FewerEntriesWarning(UserWarning):
+    """Fewer entries than the density asks for can be trained, and only these are selected."""
+
+
+def tell_if_fewer(selection: Selection) -> None:
+    """Warn if fewer entries were selected than the density asks for.
+
+    Raises:
+        ValueError: if none was.
+    """
+    sizes = [shape.numel() for shape in selection.shapes.values()]
+    asked = entries_asked_for(sizes, selection.density, selection.budget)
+    if selection.k >= asked:
+        return
+    have = "have a gradient in the pass" if selection.batches else "have a score that is a number"
+    text = f"density {selection.density:g} asks for {asked:,} entries, and only {selection.k:,} candidates {have}"
+    if not selection.k:
+        raise ValueError(f"{text}: nothing would be trained.")
+    ways = (
+        " The others would not be trained, or only by data that the pass did not see: let it see more (max_batches), "
+        "leave what the loss does not reach out of target_modules, or ask for a lower density."
+    )
+    warnings.warn(f"{text}: these were selected.{ways if selection.batches else ''}", FewerEntriesWarning, stacklevel=3)
 
 
 def _head_to_warm(model: nn.Module, steps: int, lr: float) -> dict[str, nn.Parameter]:
@@ -157,15 +187,24 @@ def _head_to_warm(model: nn.Module, steps: int, lr: float) -> dict[str, nn.Param
     Raises:
         ValueError: if it is, and there is none, or the numbers make no sense.
     """
-    if steps < 0 or not lr > 0:
-        raise ValueError(f"head_warmup_steps must be at least 0 and head_warmup_lr above 0; got {steps} and {lr}.")
+    if not (_is_whole(steps) and steps >= 0 and isinstance(lr, (int, float)) and lr > 0):
+        raise ValueError(
+            "head_warmup_steps must be an integer of at least 0 and head_warmup_lr a number above 0; got "
+            f"{steps!r} and {lr!r}."
+        )
     head = trained_besides(model) if steps else {}
     if steps and not head:
         raise ValueError(
-            f"head_warmup_steps={steps} trains what is trained besides the adapter, and nothing is: name the new head "
-            "in SamConfig(modules_to_save=[...]), or leave head_warmup_steps out."
+            f"head_warmup_steps={steps} trains a new head before the pass, and nothing is trained besides the adapter. "
+            "If the model has no new head, as a language model whose head is pretrained, leave it out: "
+            "select_parameters(trainer). If it has one, name it in SamConfig(modules_to_save=[...]), or give the "
+            "task_type, by which PEFT finds it."
         )
     return head
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def _adapted_part(model: nn.Module) -> nn.Module:

@@ -121,6 +121,43 @@ def test_scaling_the_loss_does_not_change_the_selection(factor: float) -> None:
     assert all(torch.equal(one.indices[name], other.indices[name]) for name in of)
 
 
+@pytest.mark.parametrize("budget", ["global", "tensor"])
+@pytest.mark.parametrize("score", ["sam", "fisher", "movement", "sam_curvature"])
+@pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
+def test_what_has_no_gradient_is_never_selected(score: str, budget: str, density: float) -> None:
+    of = parameters()
+    every, reached = statistics(of), {name: torch.rand_like(p) < 0.3 for name, p in of.items()}
+    for kind in ("gradient", "squared_gradient", "movement"):
+        every[kind] = {name: tensor * reached[name] for name, tensor in every[kind].items()}
+    found = choose(of, score=score, density=density, budget=budget, statistics=needed(score, every))
+    assert all(bool(reached[name].flatten()[i].all()) for name, i in found.indices.items())
+    rows = [reached] if budget == "global" else [{name: r} for name, r in reached.items()]
+    asked = [reference.budget(density, sum(r.numel() for r in row.values())) for row in rows]
+    there = [sum(int(r.sum()) for r in row.values()) for row in rows]
+    assert found.k == sum(map(min, asked, there))
+
+
+@pytest.mark.parametrize("score", ["sam", "fisher", "movement", "sam_curvature", "magnitude"])
+def test_nan_is_never_selected(score: str) -> None:
+    of = parameters()
+    every = needed(score, statistics(of))
+    for tensors in every.values() if every else [of]:
+        tensors["a.weight"][1, 2] = float("nan")
+    found = choose(of, score=score, density=1.0, statistics=every)
+    assert found.k == 47
+    assert 7 not in found.indices["a.weight"]
+
+
+def test_an_entry_without_a_gradient_is_another_than_one_whose_score_is_small() -> None:
+    gradient = {"w": torch.tensor([0.0, 1e-45, 0.0, 1e-60], dtype=torch.float64)}
+    found = choose({"w": torch.zeros(4)}, density=1.0, statistics={"gradient": gradient})
+    assert found.indices["w"].tolist() == [1, 3]
+
+
+def test_weights_of_zero_can_be_selected_by_scores_that_need_no_data() -> None:
+    assert choose({"w": torch.zeros(6)}, score="magnitude", density=0.5).k == 3
+
+
 def test_ties_go_to_the_earlier_parameter_and_position() -> None:
     of = {"a": torch.ones(3), "b": torch.ones(3)}
     found = choose(of, score="magnitude", density=0.7)

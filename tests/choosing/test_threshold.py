@@ -55,6 +55,19 @@ def test_scaling_all_scores_by_a_power_of_two_changes_nothing(values: list[float
     assert one[""].tolist() == other[""].tolist()
 
 
+@given(st.lists(st.one_of(scores, st.just(float("nan"))), min_size=1, max_size=30), st.data())
+def test_nan_is_never_among_the_largest_and_fewer_are_found_where_too_few_are_numbers(
+    values: list[float], data: st.DataObject
+) -> None:
+    k = data.draw(st.integers(0, len(values)))
+    found, threshold = largest({"": chunks_of(values)}, k)
+    numbers = {i: v for i, v in enumerate(values) if v == v}
+    expected = sorted(numbers, key=lambda i: (-numbers[i], i))[:k]
+    assert found[""].tolist() == sorted(expected)
+    lowest = min((numbers[i] for i in expected), default=float("inf"))
+    assert threshold == float(torch.tensor(lowest, dtype=torch.float32))
+
+
 def test_the_kth_largest_of_many_equals_topk() -> None:
     values = torch.rand(300_000) ** 4
     bits = bits_of(values)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from peft_sam import PendingAdapterError, SamConfig, Selection, select_parameters
+from peft_sam import FewerEntriesWarning, PendingAdapterError, SamConfig, Selection, select_parameters
 from tests.shared import reference
 from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, gpt2, llama, names
 from tests.shared.device import DEVICE
@@ -277,6 +277,68 @@ def test_a_wrong_call_says_what_to_pass_and_changes_nothing(call: Any, message: 
     )
     with pytest.raises(PendingAdapterError):
         model.train()(**NETS[0].batch(2))
+
+
+class Reached(nn.Module):
+    """A table of which the data touch some rows, and a branch that nobody uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.unused, self.out = nn.Embedding(200, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.table(x).mean(1))
+
+
+ROWS = [(torch.randint(0, 12, (8, 5)), torch.randint(0, 2, (8,))) for _ in range(2)]
+
+
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": "tensor"}, {"score": "fisher"}, {"score": "movement"}])
+@pytest.mark.parametrize("memory_budget", [None, 1000])
+def test_every_selected_entry_moves_in_training_and_fewer_than_asked_for_is_said(
+    options: dict[str, Any], memory_budget: int | None
+) -> None:
+    model = get_peft_model(Reached(), SamConfig(target_modules="all", density=0.5, **options))
+    if options.get("score") == "movement":
+        memory_budget = None
+    with pytest.warns(FewerEntriesWarning, match=r"asks for 415 entries, and only \d+ .* have a gradient"):
+        selection = select_parameters(
+            model, ROWS, loss_fn=cross_entropy, max_batches=2, memory_budget=memory_budget, progress=False
+        )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for batch in ROWS:
+        cross_entropy(model, batch).backward()
+    optimizer.step()
+    deltas = model.base_model.sparse_deltas()
+    assert sum(int(delta.values.count_nonzero()) for delta in deltas.values()) == selection.k > 0
+    assert "unused.weight" not in deltas
+
+
+def test_candidates_that_no_gradient_reaches_are_an_error_and_the_adapter_stays_pending() -> None:
+    for options in ({}, {"score": "movement"}):
+        model = get_peft_model(Reached(), SamConfig(target_modules=["unused"], density=0.5, **options))
+        with pytest.raises(ValueError, match=r"does not depend on|only 0 candidates|are zero"):
+            select_parameters(model, ROWS, loss_fn=cross_entropy, max_batches=2, progress=False)
+        assert not model.base_model.sparse_deltas()
+
+
+def test_a_base_of_nan_selects_nothing_by_magnitude() -> None:
+    base = nn.Sequential(nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        base[0].weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="nothing would be trained"):
+        get_peft_model(base, SamConfig(target_modules=["0"], density=0.5, score="magnitude"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -8.0])
+def test_a_count_that_is_no_number_of_samples_is_refused(number: float) -> None:
+    model, _ = adapt(NETS[0])
+    with pytest.raises(ValueError, match=f"counts as {number} samples"):
+        select_parameters(model, [NETS[0].batch(2)], count_fn=lambda _: number, progress=False)
 
 
 def test_the_pass_runs_in_train_mode_when_asked_although_the_adapter_is_pending() -> None:
