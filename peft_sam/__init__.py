@@ -30,6 +30,7 @@ from peft_sam.files.fingerprint import OtherBaseWarning
 from peft_sam.layers.base import SamLayer
 from peft_sam.report.card import complete_card
 from peft_sam.report.report import SelectionReport, selection_report
+from peft_sam.selecting.rates import RateWarning
 from peft_sam.selecting.select import FewerEntriesWarning, choose_for, select_parameters
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
@@ -46,6 +47,7 @@ __all__ = [
     "Loss",
     "OtherBaseWarning",
     "PendingAdapterError",
+    "RateWarning",
     "RoundingReport",
     "SamConfig",
     "SamModel",

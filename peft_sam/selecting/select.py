@@ -21,6 +21,7 @@ from peft_sam.layers.base import selecting
 from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.passes import select_by_data
+from peft_sam.selecting.rates import warn_of_rate
 from peft_sam.selecting.taken import check_not_taken
 from peft_sam.selecting.twin import sharded_twin
 from peft_sam.selection import Selection
@@ -146,6 +147,8 @@ def select_parameters(
         if selection is None:
             selection = choose_for(candidates_of(adapted, adapter_name), config)
         apply_selection(adapted, adapter_name, config, selection)
+    if trainer is not None:
+        warn_of_rate(trainer, selection.score)
     return selection
 
 
