@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from peft_sam import SamConfig, select_parameters
+from peft_sam import SamConfig, WeightReceiver, WeightStream, merged, select_parameters
 from peft_sam.layers.found import deltas_of
 from tests.shared.cases import VOCABULARY, bert, llama
 from tests.shared.reference import largest, mean_loss_gradients
@@ -213,3 +213,42 @@ def test_two_parts_with_adapters_are_told_apart_by_the_caller() -> None:
     both = nn.ModuleList([get_peft_model(nn.Sequential(nn.Linear(4, 4)), config) for _ in range(2)])
     with pytest.raises(ValueError, match=r"several parts of the ModuleList have adapters \(PeftModel, PeftModel\):"):
         select_parameters(both, [torch.randn(2, 4)])
+
+
+class Streaming(TrainerCallback):
+    """Writes the new weights after every step, and applies them to a plain model elsewhere."""
+
+    def __init__(self, folder: Path, model: nn.Module, engine: nn.Module) -> None:
+        self.folder, self.stream, self.engine = folder, WeightStream(model), engine
+        self.receiver = WeightReceiver(engine)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.stream.write(self.folder / f"{state.global_step}.safetensors")
+        self.receiver.apply(self.folder / f"{state.global_step}.safetensors")
+
+
+def low_numbers(completions: list[str], **_: Any) -> list[float]:
+    """A rule: the share of words with a number below 15."""
+    return [sum(int(word[1:]) < 15 for word in text.split()) / max(len(text.split()), 1) for text in completions]
+
+
+def test_trl_s_reinforcement_by_a_rule_sends_its_weights_after_every_step(tmp_path: Path) -> None:
+    base = llama()
+    engine = copy.deepcopy(base)
+    options = {"num_generations": 4, "max_completion_length": 6, "per_device_train_batch_size": 8}
+    trainer = GRPOTrainer(
+        base,
+        low_numbers,
+        args=GRPOConfig(str(tmp_path), bf16=False, **{**OPTIONS, **options, "max_steps": 12, "learning_rate": 3e-2}),
+        train_dataset=Dataset.from_list([{"prompt": words(i)} for i in range(8)]),
+        processing_class=tokenizer(),
+        peft_config=SamConfig(task_type="CAUSAL_LM", density=0.3),
+    )
+    select_parameters(trainer)
+    trainer.add_callback(Streaming(tmp_path, trainer.model, engine))
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert sum(rewards[-3:]) > sum(rewards[:3])
+    ids = torch.arange(3, 9)[None]
+    with merged(trainer.model.eval()), torch.no_grad():
+        assert torch.equal(engine.eval()(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
