@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from peft_sam.sparse.plan import Block, Chunk, Plan
+from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.plan import Block, Chunk, Plan, plan_linear
 
 # What torch's sparse products take on the CPU.
 SPARSE_DTYPES = (torch.float32, torch.float64)
@@ -30,13 +31,33 @@ def add_sparse(y: Tensor, x: Tensor, plan: Plan, values: Tensor) -> None:
     """Add x Δᵀ to y, entry by entry."""
     starts, same = plan.starts, values.dtype == x.dtype and x.dtype in SPARSE_DTYPES
     if starts is not None and same and not plan.transposed and not torch.compiler.is_compiling():
-        delta = torch.sparse_csr_tensor(starts, plan.column, values, plan.shape, check_invariants=False)
-        if len(x) == 1:
-            torch.addmv(y[0], delta, x[0], out=y[0])
-        else:
-            y.add_((delta @ x.t()).t())
+        add_csr(y, x, torch.sparse_csr_tensor(starts, plan.column, values, plan.shape, check_invariants=False))
     else:
         add_entries(y, x, plan.row, plan.column, values)
+
+
+def add_csr(y: Tensor, x: Tensor, delta: Tensor) -> None:
+    """Add x Δᵀ to y for a Δ in torch's compressed rows."""
+    if len(x) == 1:
+        y[0].addmv_(delta, x[0])
+    else:
+        y.add_((delta @ x.t()).t())
+
+
+def csr_of(delta: SparseDelta) -> Tensor | None:
+    """Δ of a weight (outputs × inputs) in torch's compressed rows, or None where torch has none of its kind.
+
+    It shares the memory of the values, and is made once for a support and that memory.
+    """
+    values: Tensor = delta._parameters["values"]  # type: ignore[assignment]
+    memory, found = delta.derive("csr", lambda _: [0, None])
+    if memory != values.data_ptr():
+        plan = plan_linear(delta, False)
+        if plan.starts is not None and values.dtype in SPARSE_DTYPES:
+            shared = values.detach()
+            found = torch.sparse_csr_tensor(plan.starts, plan.column, shared, plan.shape, check_invariants=False)
+        delta.derive("csr", lambda _: None)[:] = values.data_ptr(), found
+    return found
 
 
 def add_entries(y: Tensor, x: Tensor, row: Tensor, column: Tensor, values: Tensor) -> None:

@@ -141,3 +141,79 @@ def test_a_layer_that_runs_twice_in_a_batch_adds_up_its_gradients_before_they_ar
         for hidden in ({}, calls)
     ]
     torch.testing.assert_close(*found)
+
+
+class Stacked(torch.nn.Module):
+    """Two linear layers, one with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(12, 9), torch.nn.Linear(9, 7, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def values_changed_in_place(model: Any) -> None:
+    for delta in model.base_model.sparse_deltas().values():
+        delta.values.mul_(-2)
+
+
+def values_in_other_memory(model: Any) -> None:
+    for delta in model.base_model.sparse_deltas().values():
+        delta.values.data = torch.randn(len(delta.values))
+
+
+def another_support(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, SamLayer):
+            for name, delta in module.deltas("default").items():
+                numel = delta.shape.numel()
+                support = torch.arange(numel)[numel - len(delta.values) :]
+                module.set_support("default", {name: support}, {name: torch.randn(len(support))})
+
+
+def another_weight(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if "sam_sparse" not in name:
+            parameter.data = torch.randn_like(parameter)
+
+
+def a_hook_on_the_module(model: Any) -> None:
+    model.get_base_model().first.base_layer.register_forward_hook(lambda module, args, output: output * 2)
+
+
+CHANGES: list[Any] = [
+    lambda model: None,
+    values_changed_in_place,
+    values_in_other_memory,
+    another_support,
+    another_weight,
+    a_hook_on_the_module,
+    lambda model: model.double(),
+    lambda model: model.merge_adapter(),
+    lambda model: (
+        model.add_adapter("other", SamConfig(**MANY, seed=1)) or model.base_model.set_adapter(["default", "other"])
+    ),
+]
+MANY: dict[str, Any] = {
+    "target_modules": ["first", "second"],
+    "density": 0.3,
+    "score": "random",
+    "init_weights": False,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("shape", [(1, 12), (1, 1, 12), (4, 12), (2, 2, 12), (5, 12)], ids=str)
+@torch.no_grad()
+def test_a_few_tokens_see_what_many_see_whatever_has_changed(shape: tuple[int, ...], change: Any) -> None:
+    model: Any = get_peft_model(Stacked(), SamConfig(**MANY))
+    x = torch.randn(shape)
+    model(x)
+    change(model)
+    x = x.to(next(model.parameters()).dtype)
+    many = model(x.reshape(-1, 12).repeat(5, 1))[: len(x.reshape(-1, 12))]
+    torch.testing.assert_close(model(x), many.view(*shape[:-1], 7))
+    with model.disable_adapter():
+        torch.testing.assert_close(model(x), model.get_base_model()(x))
