@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import check_adapters_to_merge
 from peft_sam.layers.holder import Holder
 from peft_sam.layers.merging import Change, check_merge, merge, restore
 from peft_sam.layers.mixed import BASE
-from peft_sam.layers.owned import is_plain, stored_parameters
+from peft_sam.layers.owned import is_packed_linear, is_plain, stored_parameters
 from peft_sam.layers.substitute import call_with
-from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta, delta_dtype
 from peft_sam.sparse.ops import DenseGradient, compose
 
 
@@ -24,6 +25,8 @@ class SamLayer(Holder):
     """Any module, run with θ + Δ in place of its parameters.
 
     Attributes:
+        quantization_backend: PEFT's access (`resolve_quantization_backend`) to the weight of a quantised linear layer,
+            else None.
         sample_adapters: runs this layer while samples have adapters of their own (`mixed`); else None.
         sample_names: theirs.
     """
@@ -48,11 +51,16 @@ class SamLayer(Holder):
                 self.unmerge()
             return self.base_layer(*args, **kwargs)
         if self.sample_adapters is not None:
-            return self.sample_adapters(self, args, kwargs)
+            return self._mixed_batch_forward(*args, **kwargs)
         changes = {} if self.merged else self._deltas_of(self.active_adapters)
         if not changes:
             return self.base_layer(*args, **kwargs)
         return self._forward_with(changes, *args, **kwargs)
+
+    def _mixed_batch_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output with the adapter of each sample (PEFT looks for this name to tell who can do that)."""
+        assert self.sample_adapters is not None
+        return self.sample_adapters(self, args, kwargs)
 
     def forward_as(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """The output with the deltas of one adapter, active or not; without any for "__base__"."""
@@ -134,14 +142,14 @@ class SamLayer(Holder):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.sam_sparse_delta:
                 self.check_merge(adapter_name, safe_merge)
-                changes = merge(self.get_base_layer(), self.deltas(adapter_name), self.quantization_backend)
+                changes = merge(self.get_base_layer(), self.in_force(adapter_name), self.quantization_backend)
                 self._merged_changes.append(changes)
                 self.merged_adapters.append(adapter_name)
 
     def check_merge(self, adapter_name: str, safe_merge: bool) -> None:
         """Raise what `merge` would."""
         check_merge(
-            self.get_base_layer(), adapter_name, self.deltas(adapter_name), safe_merge, self.quantization_backend
+            self.get_base_layer(), adapter_name, self.in_force(adapter_name), safe_merge, self.quantization_backend
         )
 
     def unmerge(self) -> None:
@@ -164,6 +172,31 @@ class SamLayer(Holder):
         base = self.get_base_layer()
         _unload_below(base, lambda inner: inner.unload_and_optionally_merge_module(merge, safe_merge, adapter_names))
         return base
+
+    # Conversion to LoRA, by PEFT's `convert_to_lora`
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether a LoRA adapter could have such a layer: the linear ones."""
+        base = self.get_base_layer()
+        return isinstance(base, (nn.Linear, Conv1D)) or is_packed_linear(base)
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """Δ of the weight of a linear layer, dense, at the adapter's scale.
+
+        Warns if the adapter changes other parameters than weights, which is lost where this is all that is asked for.
+        """
+        weight = self.parameters_below()["weight"]
+        whole = torch.zeros(weight.shape, dtype=delta_dtype(weight.dtype), device=weight.device)
+        for name, delta in self._seen(adapter_name).items():
+            if name == "weight" and not delta.pending:
+                whole = whole.flatten().index_copy(0, delta.checked_indices(), delta.values).view(whole.shape)
+            elif bool(delta.values.any()):
+                warnings.warn(
+                    f"The adapter {adapter_name!r} changes biases, too, and a conversion of weights leaves that out: "
+                    "peft_sam.export_adapter writes LoRA files with biases.",
+                    stacklevel=2,
+                )
+        return whole
 
     def __repr__(self) -> str:
         return "sam_sparse." + super().__repr__()

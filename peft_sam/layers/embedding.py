@@ -136,3 +136,10 @@ class SamEmbedding(SamLayer):
     def _prepare(self, name: str, delta: SparseDelta) -> None:
         super()._prepare(name, delta)
         rows_of(delta)
+
+
+class TiedEmbedding(SamEmbedding, nn.Embedding):  # type: ignore[override]
+    """The layer of an embedding that is no target, only tied to one.
+
+    Whoever looks for an nn.Embedding finds one there: nobody asked for another module. What it does is the layer's.
+    """

@@ -35,7 +35,7 @@ class Facade(nn.Module):
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.base_layer = base_layer
 
     def composed(self, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
@@ -89,7 +89,8 @@ class Facade(nn.Module):
 @functools.cache
 def _declared(kind: type) -> frozenset[str]:
     """The attributes that a class of facades declares, with a value or by an annotation alone."""
-    names = (name for of in kind.__mro__ for name in (*vars(of), *vars(of).get("__annotations__", {})))
+    ours = [of for of in kind.__mro__ if of is nn.Module or issubclass(of, Facade) or not issubclass(of, nn.Module)]
+    names = (name for of in ours for name in (*vars(of), *vars(of).get("__annotations__", {})))
     return frozenset(names) - {"weight", "bias"}
 
 

@@ -13,6 +13,7 @@ from peft_sam.layers.deltas import Deltas, delta_for, set_to_random
 from peft_sam.layers.facade import Facade
 from peft_sam.layers.owned import features, own_parameters
 from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.scaled import ScaledDelta
 from peft_sam.sparse.support import check_support
 
 
@@ -28,9 +29,12 @@ class Holder(Facade, BaseTunerLayer):
         base_layer: the module; its parameters are never written, except by `merge`.
         sam_sparse_delta: adapter name → parameter name (relative to the module) → `SparseDelta`.
         in_features, out_features: of the module, or None if it has no such numbers.
+        scaling: adapter name → what its deltas are multiplied with, where that is not 1 (`set_scale`). Not saved.
     """
 
     adapter_layer_names = ("sam_sparse_delta",)
+    other_param_names = ("scaling",)
+    scaling: dict[str, float]
     quantization_backend: QuantizationBackend | None
     sam_sparse_delta: nn.ModuleDict
     in_features: int | None
@@ -42,6 +46,7 @@ class Holder(Facade, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.scaling = {}
         self.in_features, self.out_features = features(self.get_base_layer())
         self.sam_sparse_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -84,6 +89,31 @@ class Holder(Facade, BaseTunerLayer):
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
         found: Any = self.sam_sparse_delta._modules.get(adapter_name)
         return {} if found is None else found.by_name()
+
+    def in_force(self, adapter_name: str) -> dict[str, SparseDelta]:
+        """The same at the adapter's scale."""
+        scale: Any = self.scaling.get(adapter_name)
+        found = self.deltas(adapter_name)
+        scaled: Any = found if scale is None else {name: ScaledDelta(delta, scale) for name, delta in found.items()}
+        return scaled
+
+    # The scale of an adapter, under the names by which PEFT and diffusers' `set_adapters(names, weights)` set LoRA's.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Have an adapter's deltas count so many times, unmerged and when it is merged next; 1 is itself."""
+        self.scaling.pop(adapter, None)
+        if scale != 1 and adapter in self.sam_sparse_delta:
+            self.scaling[adapter] = float(scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scale of the active adapters."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, self.scaling.get(adapter, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide it; None: have it be 1."""
+        for adapter in self.active_adapters:
+            self.set_scale(adapter, 1.0 if scale is None else self.scaling.get(adapter, 1.0) / scale)
 
     def _held(self, adapter_name: str) -> Deltas:
         return self.sam_sparse_delta[adapter_name]  # type: ignore[return-value]
@@ -151,10 +181,10 @@ class Holder(Facade, BaseTunerLayer):
     def _seen(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of this layer and, of parameters that live in another, of that layer while it is not merged."""
         if not self._tied:
-            return self.deltas(adapter_name)
+            return self.in_force(adapter_name)
         tied = {
-            name: owner.deltas(adapter_name).get(there)
+            name: owner.in_force(adapter_name).get(there)
             for name, (owner, there) in self._tied.items()
             if "_modules" in owner.__dict__ and not owner.merged
         }
-        return self.deltas(adapter_name) | {name: delta for name, delta in tied.items() if delta is not None}
+        return self.in_force(adapter_name) | {name: delta for name, delta in tied.items() if delta is not None}

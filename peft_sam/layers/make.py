@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import quantization_backend
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.embedding import SamEmbedding, is_scaled
+from peft_sam.layers.embedding import SamEmbedding, TiedEmbedding, is_scaled
 from peft_sam.layers.linear import SamLinear
 from peft_sam.layers.owned import is_packed_linear, is_plain
 
@@ -21,8 +21,14 @@ LAYERS: dict[Any, type[SamLayer]] = {
 }
 
 
-def make_layer(module: nn.Module, tuner: Any) -> SamLayer:
-    """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer."""
+def make_layer(module: nn.Module, tuner: Any, targeted: bool = True) -> SamLayer:
+    """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer.
+
+    Args:
+        targeted: whether the module itself is a target, or only tied to one.
+    """
+    if not targeted and isinstance(module, nn.Embedding) and LAYERS.get(type(module).forward) is SamEmbedding:
+        return TiedEmbedding(module)
     if is_scaled(module):
         return SamEmbedding(module)
     if is_packed_linear(module) or (isinstance(module, nn.Linear) and not is_plain(module.weight)):

@@ -13,8 +13,15 @@ from torch.distributed.tensor import DTensor
 READ_NOT_CALLED: dict[type[nn.Module], tuple[str, ...]] = {nn.MultiheadAttention: ("out_proj",)}
 
 # Quantised linear layers that are no nn.Linear, by the name of a class, and the parameter or buffer that holds their
-# packed weight: HQQ; GPTQ and AWQ, whose kernels are all kinds of gptqmodel's BaseQuantLinear.
-PACKED_WEIGHT = {"HQQLinear": "W_q", "BaseQuantLinear": "qweight"}
+# packed weight: HQQ; GPTQ and AWQ, whose kernels are all kinds of gptqmodel's BaseQuantLinear; AQLM; EETQ; Intel's
+# Neural Compressor.
+PACKED_WEIGHT = {
+    "HQQLinear": "W_q",
+    "BaseQuantLinear": "qweight",
+    "QuantizedLinear": "codes",
+    "EetqLinear": "weight",
+    "PatchedLinear": "weight",
+}
 
 # How modules call the numbers of their inputs and outputs.
 FEATURES = (
@@ -55,7 +62,8 @@ def stored_parameters(module: nn.Module) -> dict[str, Tensor]:
     """The same parameters as they are stored."""
     own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
     if (packed := packed_weight(module)) is not None:
-        own["weight"] = own.pop(packed) if packed in own else module.get_buffer(packed)
+        weight = own[packed] if packed in own else module.get_buffer(packed)
+        own = {"weight": weight, **{name: own[name] for name in ("bias",) if name in own}}  # code books are no weights
     for child in read_not_called(module):
         own.update({f"{child}.{name}": p for name, p in module.get_submodule(child).named_parameters(recurse=False)})
     return own
@@ -101,7 +109,7 @@ def _stand_in(module: nn.Module, parameter: Tensor) -> Tensor:
         if hook is None:
             return parameter  # not loaded yet
         device = torch.device(hook.execution_device)  # Accelerate brings it there when the module runs
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or (dtype.itemsize == 1 and packed_weight(module) is not None):
         if not is_packed_linear(module):
             return parameter
         linear: Any = module

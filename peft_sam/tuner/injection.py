@@ -159,8 +159,8 @@ def _made_empty(model: nn.Module, adapter_name: str) -> bool:
     )
 
 
-def _wrap(tuner: Any, module: nn.Module, name: str, parent: nn.Module) -> SamLayer:
-    layer = make_layer(module, tuner)
+def _wrap(tuner: Any, module: nn.Module, name: str, parent: nn.Module, targeted: bool = True) -> SamLayer:
+    layer = make_layer(module, tuner, targeted)
     replace(parent, name, layer)
     return layer
 
@@ -200,7 +200,7 @@ def _tie(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> 
         if isinstance(module, SamLayer):
             return module
         path, _, child = name.rpartition(".")
-        layer = _wrap(tuner, module, child, model.get_submodule(path))
+        layer = _wrap(tuner, module, child, model.get_submodule(path), targeted=False)
         layer.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
         return layer
 
