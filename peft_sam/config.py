@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Literal
@@ -13,7 +13,7 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from peft_sam._peft import SAM_SPARSE
-from peft_sam.recorded import FORMAT, LARGEST, check_selection, counts_of, fingerprints_of, format_of, shown
+from peft_sam.recorded import FORMAT, LARGEST, check_selection, counts_of, fingerprints_of, shown
 from peft_sam.scores import SCORES
 
 BUDGETS = ("global", "tensor")
@@ -216,11 +216,6 @@ class SamConfig(PeftConfig):
         return None if self.selection is None else counts_of(self.selection)
 
     @property
-    def coded(self) -> bool:
-        """Whether the file that belongs to this config holds supports as codes, as those of format 1 do not."""
-        return self.selection is None or format_of(self.selection) >= 2
-
-    @property
     def fingerprints(self) -> dict[str, str]:
         """What is kept of the base model that the adapter was made for, per parameter name."""
         return {} if self.selection is None else fingerprints_of(self.selection)
@@ -228,6 +223,20 @@ class SamConfig(PeftConfig):
     def record(self, summary: Mapping[str, Any], fingerprints: Mapping[str, str]) -> None:
         """Fill in `selection`: what was selected, and on which base."""
         self.selection = {**summary, "base": dict(fingerprints), "format": FORMAT}
+
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Follow the base model's modules, which have got other names since, in what is recorded and in the targets."""
+        counts, base = self.counts or {}, self.fingerprints
+        if self.selection is None or all(renamed(name) == name for name in counts):
+            return
+        new = {renamed(name): number for name, number in counts.items()}
+        self.selection = {**self.selection, "counts": new, "base": {renamed(name): text for name, text in base.items()}}
+        if isinstance(self.target_modules, str):
+            self.target_modules = {name.rpartition(".")[0] for name in new}  # type: ignore[assignment]
+        elif self.target_modules is not None:
+            self.target_modules = {renamed(name) for name in self.target_modules}  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, set):
+            self.exclude_modules = {renamed(name) for name in self.exclude_modules}
 
     def to_dict(self) -> dict[str, Any]:
         """What is saved."""

@@ -8,11 +8,12 @@ Imported by: config, layers, files, tuner.
 * `names`: PEFT's private names; `quantised`: its access to quantised weights.
 * `kind`: the member SAM_SPARSE of its enum of types.
 * `mixed`, `configs`, `cards`, `files`: where PEFT's own way of doing a thing leaves sparse adapters out.
+* `embeddings`: what of the base's own is in an adapter's state; `auto`: transformers' way to load an adapter.
 * `pickles`: reading files that are pickles.
 * `register`: enters all of it.
 """
 
-from peft_sam._peft.files import reads_sparse
+from peft_sam._peft.files import file_follows, reads_sparse
 from peft_sam._peft.kind import SAM_SPARSE
 from peft_sam._peft.names import (
     EMBEDDING_LAYER_NAMES,
@@ -55,6 +56,7 @@ __all__ = [
     "check_target_module_exists",
     "dare_linear",
     "dare_ties",
+    "file_follows",
     "get_input_embeddings_name",
     "hotswap",
     "hotswap_adapter_from_state_dict",

@@ -6,8 +6,9 @@ import functools
 import inspect
 from typing import Any
 
-from peft import PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
+from peft import PeftMixedModel, PeftModel, PeftModelForQuestionAnswering, PeftModelForTokenClassification
 
+from peft_sam._peft.files import reading
 from peft_sam._peft.kind import is_sparse
 
 # The heads that PEFT trains densely for a task, entered in the config only after the adapter is made.
@@ -15,6 +16,7 @@ HEADS = {PeftModelForTokenClassification: ("classifier", "score"), PeftModelForQ
 
 # A reloaded module finds its own wrapper in place and unwraps it.
 _from_pretrained = inspect.unwrap(PeftModel.from_pretrained.__func__)
+_mixed_from_pretrained = inspect.unwrap(PeftMixedModel.from_pretrained.__func__)
 
 
 def enter_configs() -> None:
@@ -22,6 +24,7 @@ def enter_configs() -> None:
     for task, heads in HEADS.items():
         _enter_heads_first(task, heads)
     PeftModel.from_pretrained = classmethod(from_pretrained)
+    PeftMixedModel.from_pretrained = classmethod(mixed_from_pretrained)
 
 
 @functools.wraps(_from_pretrained)
@@ -36,11 +39,19 @@ def from_pretrained(
     **kwargs: Any,
 ) -> Any:
     """PEFT's; the adapter's config is then the one given, if one was."""
-    found = _from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
+    with reading(kwargs.get("key_mapping")):
+        found = _from_pretrained(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
     if is_sparse(config):
         vars(config).update(vars(found.peft_config[adapter_name]))
         found.peft_config[adapter_name] = config
     return found
+
+
+@functools.wraps(_mixed_from_pretrained)
+def mixed_from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT's, which makes the adapter before it reads the file."""
+    with reading(kwargs.get("key_mapping")):
+        return _mixed_from_pretrained(cls, *args, **kwargs)
 
 
 def _enter_heads_first(task: Any, heads: tuple[str, ...]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +24,26 @@ _torch_load = inspect.unwrap(save_and_load.torch_load)
 
 # Whether the file that PEFT is reading is one of a sparse adapter.
 reads_sparse: ContextVar[Callable[[], bool]] = ContextVar("reads_sparse", default=lambda: False)
+# While an adapter is made for a file that follows: what the names in its config are called in the model. Else None.
+file_follows: ContextVar[Callable[[str], str] | None] = ContextVar("file_follows", default=None)
+
+
+@contextmanager
+def reading(key_mapping: Mapping[str, str] | None) -> Iterator[None]:
+    """Have the adapters that are made meanwhile wait for their file, whose keys PEFT renames by `key_mapping`."""
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in (key_mapping or {}).items():  # the first that matches, as PEFT does
+            new, matches = re.subn(pattern, replacement, name)
+            if matches:
+                return new
+        return name
+
+    token = file_follows.set(renamed)
+    try:
+        yield
+    finally:
+        file_follows.reset(token)
 
 
 def enter_files(other_base: type[Warning]) -> None:
@@ -41,7 +62,7 @@ def enter_files(other_base: type[Warning]) -> None:
         new = adapter_name not in self.peft_config or (is_ours() and tuner().awaits_file(self.base_model, adapter_name))
         token = reads_sparse.set(is_ours)
         try:
-            with warnings.catch_warnings() if strict_base else nullcontext():
+            with warnings.catch_warnings() if strict_base else nullcontext(), reading(kwargs.get("key_mapping")):
                 if strict_base:
                     warnings.simplefilter("error", other_base)
                 result = _load_adapter(self, model_id, adapter_name, *args, **kwargs)
@@ -49,12 +70,13 @@ def enter_files(other_base: type[Warning]) -> None:
                     tuner().stay_at_hand(self.base_model, adapter_name)
                 return result
         except BaseException as error:
+            ours = is_ours()
+            if ours and new:
+                tuner().withdraw(self.base_model, adapter_name)
             if isinstance(error, other_base):
                 raise ValueError(str(error)) from None
-            if not is_ours():
+            if not ours:
                 raise
-            if new:
-                tuner().withdraw(self.base_model, adapter_name)
             if isinstance(error, SafetensorError):
                 raise ValueError(f"the adapter file of {str(model_id)!r} is truncated or damaged ({error}).") from error
             if isinstance(error, KeyError):

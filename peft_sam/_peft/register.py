@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft_sam._peft.auto import enter_auto
 from peft_sam._peft.cards import enter_cards
 from peft_sam._peft.configs import enter_configs
+from peft_sam._peft.embeddings import enter_embeddings
 from peft_sam._peft.files import enter_files
 from peft_sam._peft.kind import SAM_SPARSE
 from peft_sam._peft.mixed import enter_mixed
@@ -38,3 +40,5 @@ def register(
     enter_configs()
     enter_cards(complete_card)
     enter_files(other_base)
+    enter_embeddings()
+    enter_auto()

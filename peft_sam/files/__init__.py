@@ -1,7 +1,8 @@
 """Adapter files: what is written, what a file must be before anything is read from it, and which base it was made for.
 
-Imports: _peft, sparse, layers.
+Imports: _peft, config, sparse, layers.
 Imported by: tuner.
 
-* `checkpoint`: the tensors of an adapter; `fingerprint`: what is kept of the base.
+* `checkpoint`: the tensors of an adapter; `embeddings`: those of the base that belong to it, where they were resized;
+  `fingerprint`: what is kept of the base.
 """

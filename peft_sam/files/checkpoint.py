@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from peft_sam.layers.base import SamLayer
 from peft_sam.layers.deltas import name_of
 from peft_sam.layers.found import module_of
 from peft_sam.sparse.coding import decode
-from peft_sam.sparse.delta import PendingAdapterError
+from peft_sam.sparse.delta import PendingAdapterError, delta_dtype
 from peft_sam.sparse.support import check_support
 
 KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
@@ -46,10 +45,10 @@ def to_file(
             raise PendingAdapterError(adapter_name, "saved")
     written = {}
     for key, tensor in state.items():
-        key = key.replace(".original_module.", ".")
-        before, _, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        before, found, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
         if before and module_of(before) not in layers:
             continue  # a shared module under another of its names
+        key = f"{before}.".replace(".original_module.", ".")[:-1] + found + after
         parameter, _, part = after.rpartition(".")
         if part == "values" and save_dtype is not None:
             written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
@@ -117,7 +116,7 @@ def counts_in(found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> dict[
 
 
 def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: str, shapes: bool) -> None:
-    """Check the tensors of a file that are no deltas: heads (`modules_to_save`) and resized embeddings may be there.
+    """Check the tensors of a file that are neither deltas nor embeddings: heads (`modules_to_save`) may be there.
 
     Args:
         shapes: whether heads must have the shapes that they have in the model, too.
@@ -125,7 +124,7 @@ def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: st
     Raises:
         ValueError: if one would overwrite what does not belong to the adapter, or has the wrong shape.
     """
-    own, heads, embeddings = model.state_dict(keep_vars=True), set(), tuple(_embedding_paths(model))
+    own, heads = model.state_dict(keep_vars=True), set()
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             names: Mapping[str, str] = module.adapter_state_dict_load_map(adapter_name)
@@ -133,31 +132,20 @@ def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: st
     for key, tensor in state.items():
         if key not in own:
             continue  # PEFT reports it
-        if key not in heads and not key.startswith(embeddings):
+        if key not in heads:
             raise ValueError(
                 f"the adapter file has a tensor {key!r}, which is a parameter of the base model or of another adapter: "
                 "the file is damaged, or meant to change what is not its own."
             )
-        if (shapes or key not in heads) and tensor.shape != own[key].shape:
+        if shapes and tensor.shape != own[key].shape:
             raise ValueError(
                 f"the adapter file has {key!r} with shape {tuple(tensor.shape)}; the model has {tuple(own[key].shape)} "
-                "there. Was the vocabulary or the number of labels another?"
+                "there. Was the number of labels another?"
             )
 
 
-def _embedding_paths(model: nn.Module) -> Iterator[str]:
-    if not hasattr(model, "get_input_embeddings"):
-        return
-    peft_model: Any = model
-    try:
-        found = {id(layer) for layer in (peft_model.get_input_embeddings(), peft_model.get_output_embeddings())}
-    except NotImplementedError:  # a model with several, such as CLIP
-        return
-    yield from (f"{name}." for name, module in model.named_modules() if id(module) in found)
-
-
 def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> tuple[Tensor, Tensor]:
-    # PEFT saves a resized embedding with all that the model has below it, the positions too
+    # files of format 1 have both with resized embeddings: PEFT saved all that a model has below these
     if "values" not in parts or not parts.keys() & {"indices", "support"}:
         raise ValueError(
             f"the adapter file has {' and '.join(sorted(parts))} of {name!r}; expected support (indices in files of "
@@ -179,6 +167,12 @@ def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> t
         ) from None
     if len(indices) != len(values):
         raise ValueError(f"the adapter file gives {name!r} {len(values)} values for {len(indices)} indices.")
+    dtype = delta_dtype(parameter.dtype)
+    if bool((values.to(dtype).isinf() & values.isfinite()).any()):
+        raise ValueError(
+            f"the adapter file gives {name!r} a value of {float(values.abs().max()):.3g} in {str(values.dtype)[6:]}, "
+            f"which is too large for the {str(dtype)[6:]} of its deltas: the file is damaged, or of another base model."
+        )
     return indices, values
 
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import check_adapters_to_merge
 from peft_sam.layers.holder import Holder
-from peft_sam.layers.merging import Change, check_merge, merge, restore
+from peft_sam.layers.merging import Change, check_merge, merge, restore, without
 from peft_sam.layers.mixed import BASE
 from peft_sam.layers.owned import is_packed_linear, is_plain, stored_parameters
 from peft_sam.layers.substitute import call_with
@@ -160,6 +160,12 @@ class SamLayer(Holder):
         while self.merged_adapters:
             self.merged_adapters.pop()
             restore(self.get_base_layer(), self._merged_changes.pop())
+
+    def unmerged(self, name: str, tensor: Tensor) -> Tensor:
+        """The parameter `name`, read as `tensor`, with its original bits; it stays merged."""
+        for changes in reversed(self._merged_changes):
+            tensor = without(changes, name, tensor)
+        return tensor
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

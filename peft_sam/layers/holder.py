@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,18 +59,13 @@ class Holder(Facade, BaseTunerLayer):
             owner._followers.append(self)
         self._tied[name] = (owner, there)
 
-    def update_layer(
-        self, adapter_name: str, entries: Mapping[str, int], coded: bool = True, inference_mode: bool = False
-    ) -> None:
-        """Add pending deltas with room for so many entries per parameter: 0 while that is not known.
-
-        Without `coded` a file of format 1 is awaited.
-        """
+    def update_layer(self, adapter_name: str, names: Iterable[str], inference_mode: bool = False) -> None:
+        """Add pending deltas of the parameters of these names."""
         own = self.parameters_below()
         if adapter_name not in self.sam_sparse_delta:
             self.sam_sparse_delta[adapter_name] = Deltas()
-        for name, number in entries.items():
-            self._held(adapter_name).put(name, SparseDelta.place_holder(own[name], number, coded))
+        for name in names:
+            self._held(adapter_name).put(name, SparseDelta.place_holder(own[name]))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def drop(self, adapter_name: str, name: str) -> None:

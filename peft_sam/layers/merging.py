@@ -97,3 +97,13 @@ def _put(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
         parameter.view(-1).index_copy_(0, indices, entries)
     else:
         parameter[torch.unravel_index(indices, parameter.shape)] = entries
+
+
+@torch.no_grad()
+def without(changes: list[Change], name: str, tensor: Tensor) -> Tensor:
+    """A merged parameter with the bits that it had before those `changes`; quantised ones as they are."""
+    for change in changes:
+        if change.name == name and not isinstance(change.original, Codes):
+            original = change.original.to(tensor.device, tensor.dtype)
+            tensor = tensor.clone().put_(change.indices.to(tensor.device), original)
+    return tensor

@@ -42,12 +42,11 @@ class SparseDelta(nn.Module):
     Its state, in memory as in files, is the code of the support and the values.
 
     Attributes:
-        support: the code of the indices (`coding`), uint8 and 1-D; all zeros while it is awaited.
+        support: the code of the indices (`coding`), uint8 and 1-D.
         values: trainable numbers, one per entry.
         shape: the shape of θ.
 
-    Before the support is chosen or loaded a delta is *pending*: it has no entries, or room for those that a file will
-    bring.
+    Before the support is chosen or loaded a delta is *pending*: it has no entries.
     """
 
     support: Tensor
@@ -58,35 +57,19 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer("support", _code(indices, self.shape.numel()))
         self._forget()
-        self._awaits_positions = False
         self._remembered: nn.Parameter | None = None
 
     @classmethod
-    def place_holder(cls, parameter: Tensor, entries: int = 0, coded: bool = True) -> SparseDelta:
-        """A pending delta for `parameter`, with room for `entries` entries.
-
-        Without `coded` a file of format 1 is awaited, which has the positions: the delta shows `indices` in its state
-        in place of `support` until they are set.
-        """
-        values = torch.zeros(entries, dtype=delta_dtype(parameter.dtype), device=parameter.device)
-        delta = cls(parameter.shape, torch.empty(0, dtype=torch.int64, device=parameter.device), values)
-        delta.support = delta.support.new_zeros(code_length(entries, parameter.numel()))
-        delta._awaits_positions = entries > 0 and not coded
-        return delta
+    def place_holder(cls, parameter: Tensor) -> SparseDelta:
+        """A pending delta for `parameter`."""
+        none = torch.empty(0, dtype=torch.int64, device=parameter.device)
+        return cls(parameter.shape, none, torch.zeros(0, dtype=delta_dtype(parameter.dtype), device=parameter.device))
 
     @property
     def indices(self) -> Tensor:
-        """The support: int64, 1-D, strictly increasing flat row-major positions in θ; -1 while they are awaited."""
+        """The support: int64, 1-D, strictly increasing flat row-major positions in θ."""
         found: Tensor = self.derive("indices", _decoded)
         return found
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # loaders that fill a model by name set what they find in its state
-        if name == "indices":
-            check_support(value, self.shape.numel(), "parameter")
-            self.hold(value.detach())
-        else:
-            super().__setattr__(name, value)
 
     @property
     def pending(self) -> bool:
@@ -140,7 +123,7 @@ class SparseDelta(nn.Module):
     def hold(self, indices: Tensor) -> None:
         """Put another support of the same size, and so with a code of the same length, in the old one's place."""
         self.support.copy_(encode(indices, self.shape.numel()))
-        self._awaits_positions = False
+        self._forget()  # tensors made in inference mode do not tell that they were written to
 
     def checked_indices(self) -> Tensor:
         """The support, checked once against the parameter: values may come from a file through any door.
@@ -167,10 +150,8 @@ class SparseDelta(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._awaits_values or self._awaits_positions:
+        if self._awaits_values:
             del destination[f"{prefix}support"]
-        if self._awaits_positions:
-            destination[f"{prefix}indices"] = self.indices
 
     def _load_from_state_dict(
         self, state: Any, prefix: str, metadata: Any, strict: bool, missing: list[str], *others: Any
@@ -179,8 +160,7 @@ class SparseDelta(nn.Module):
         super()._load_from_state_dict(state, prefix, metadata, strict, missing, *others)
         if awaited and f"{prefix}support" in missing:
             missing.remove(f"{prefix}support")
-        if f"{prefix}support" in state:
-            self._awaits_positions = False
+        self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_derived": {}, "_seen": None, "_seen_bytes": None}

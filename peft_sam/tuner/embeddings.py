@@ -53,7 +53,7 @@ def check_ties(tuner: Any, config: SamConfig) -> str | None:
             f"{TIED} the adapters unless ensure_weight_tying=True: the copy in `modules_to_save` is trained alone, and "
             f"what was tied to it stays as it is. {COMPLICATIONS}"
         )
-    elif tied and names_embeddings(config):
+    elif tied and names_embeddings(config) and config.selection is None:  # whoever saved it was told
         config.names_tied = True
         return (
             f"{TIED} the adapters, nor is one needed: the tied weight has one delta, which all its uses see "

@@ -11,7 +11,7 @@ from typing import Any
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from peft_sam._peft import BaseTunerLayer
+from peft_sam._peft import BaseTunerLayer, file_follows
 from peft_sam.config import SamConfig
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
@@ -54,6 +54,9 @@ def inject(
     given = tuner.peft_config[adapter_name]
     like = next((name for name, config in tuner.peft_config.items() if config is given and name != adapter_name), None)
     config = tuner.peft_config[adapter_name] = given.for_one_adapter()
+    renamed = file_follows.get()
+    if renamed is not None:
+        config.rename(renamed)
     tuner._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         if state_dict is not None:
@@ -63,12 +66,12 @@ def inject(
         _tie(tuner, model, adapter_name, config)
         take_states(model)
         _share(model)
-        if config.selection is not None:
+        if config.selection is not None and renamed is None:
             check_base(sam_layers(model), config.fingerprints, config.strict_base)
         low_cpu_mem_usage = low_cpu_mem_usage or _made_empty(model, adapter_name)
         if state_dict is not None:
             support_as(state_dict, config, model, adapter_name)
-        elif config.selection is None and not config.needs_data and not low_cpu_mem_usage:
+        elif config.selection is None and not config.needs_data and not low_cpu_mem_usage and renamed is None:
             check_weights(model, adapter_name, config.score)
             apply_selection(model, adapter_name, config, choose(candidates_of(model, adapter_name), config))
         if like is not None and has_support(model, like):
@@ -122,12 +125,11 @@ def adapt(
         target, path, (above, _, target_name) = parent, above, above.rpartition(".")
         parent = tuner.model.get_submodule(above)
     key = base_name(path)
-    entries = _entries({f"{key}.{name}": parameter for name, parameter in own.items()}, config.counts)
+    reached = _reached({f"{key}.{name}": parameter for name, parameter in own.items()}, config.counts)
     layer = target if isinstance(target, SamLayer) else _wrap(tuner, target, target_name, parent)
     layer.update_layer(
         adapter_name,
-        {name.removeprefix(f"{key}."): number for name, number in entries.items()},
-        coded=config.coded,
+        [name.removeprefix(f"{key}.") for name in reached],
         inference_mode=config.inference_mode,
     )
 
@@ -207,15 +209,16 @@ def _tie(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> 
     tie(model, adapter_name, wrap, config)
 
 
-def _entries(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> dict[str, int]:
-    """Room to make per parameter: none while the counts are unknown, else the counts, if the parameter holds them."""
-    if counts is None:
-        return dict.fromkeys(parameters, 0)
-    known = {name: counts[name] for name in parameters if name in counts}
-    for name, number in known.items():
+def _reached(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> list[str]:
+    """The parameters that get a delta: all while the counts are unknown, else those that have one, if they hold it.
+
+    No room is made for what a config announces: what is in the file brings it.
+    """
+    for name in parameters:
+        number = (counts or {}).get(name, 0)
         if number > parameters[name].numel():
             raise ValueError(
                 f"adapter_config.json announces {number} entries for {name!r}, which has {parameters[name].numel()}: "
                 "the adapter was made for another base model, or the file is damaged."
             )
-    return known
+    return [name for name in parameters if counts is None or name in counts]

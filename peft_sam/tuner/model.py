@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import KEY, check_others, counts_in, read_file, to_file
+from peft_sam.files.checkpoint import to_file
+from peft_sam.files.embeddings import embeddings_to_save
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layers
+from peft_sam.layers.found import deltas_of, has_support, sam_layers
 from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.arithmetic import Combined, changing, check_combination, combine_heads
-from peft_sam.tuner.candidates import record_counts
 from peft_sam.tuner.embeddings import check_ties
+from peft_sam.tuner.filling import fill
 from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, unshare, withdraw
 from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
@@ -253,6 +254,12 @@ class SamModel(BaseTuner):
 
     # Files
 
+    @staticmethod
+    def embeddings_to_save(model: nn.Module, adapter_name: str, state: Any, save: Any) -> dict[str, Tensor]:
+        """What of the base's embeddings belongs in the file of an adapter (`files.embeddings`)."""
+        configs: Any = model.peft_config
+        return embeddings_to_save(model, configs[adapter_name], adapter_name, state, save)
+
     @classmethod
     def _get_adapter_state_dict(
         cls,
@@ -277,23 +284,7 @@ class SamModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SamConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Check a file's deltas, then put them in the layers with the sizes that the file has."""
-        layers = layers_with(model, adapter_name)
-        replaces = has_support(model, adapter_name)
-        found = read_file(state_dict, layers, adapter_name, None if replaces else config.counts)
-        rest = {key: tensor for key, tensor in state_dict.items() if not KEY.match(key)}
-        check_others(rest, model, adapter_name, shapes=replaces)
-        for name, layer in layers.items():
-            parts = found.get(name, {})
-            layer.set_support(
-                adapter_name,
-                {key: indices for key, (indices, _) in parts.items()},
-                {key: values for key, (_, values) in parts.items()},
-            )
-            if hasattr(model, "hf_device_map"):
-                for delta in layer.deltas(adapter_name).values():
-                    delta.expect_dispatch()
-        if replaces or config.counts != counts_in(found):
-            record_counts(config, layers, adapter_name, {} if replaces else config.selection)
+        """Check a file's tensors, then put them in the model, deltas with the sizes that the file has (`filling`)."""
+        rest = fill(model, config, adapter_name, state_dict)
         loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded

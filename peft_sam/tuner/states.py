@@ -52,6 +52,8 @@ def _make_room(model: Any, state: dict[str, Tensor], prefix: str, *others: Any) 
     """
     for adapter_name, keys in _by_adapter(state, prefix).items():
         layers = layers_with(model, adapter_name)
+        again = _other_names(model) - layers.keys()
+        keys = {part: key for part, key in keys.items() if part.module not in again}
         if not layers or _fits({part: state[key].shape for part, key in keys.items()}, layers, adapter_name):
             continue
         if not any(len(state[key]) for part, key in keys.items() if part.part == "values"):
@@ -74,6 +76,12 @@ def _make_room(model: Any, state: dict[str, Tensor], prefix: str, *others: Any) 
         config = model.peft_config[adapter_name]
         if config.counts != counts_in(found):
             record_counts(config, layers, adapter_name, {} if pending else config.selection)
+
+
+def _other_names(model: nn.Module) -> set[str]:
+    """All names of the sparse layers: a module that several share has several."""
+    every = model.named_modules(remove_duplicate=False)
+    return {module_of(name) for name, module in every if isinstance(module, SamLayer)}
 
 
 def _by_adapter(state: Mapping[str, Tensor], prefix: str) -> dict[str, dict[Part, str]]:

@@ -53,7 +53,7 @@ def tie(model: nn.Module, adapter_name: str, wrap: Callable[[str], SamLayer], co
             continue
         owner = wrap(first.module)
         if first not in targeted:
-            owner.update_layer(adapter_name, {first.parameter: counts.get(first.base_name, 0)}, config.coded)
+            owner.update_layer(adapter_name, [first.parameter])
         for place in others:
             layer = wrap(place.module)
             layer.tie(place.parameter, owner, first.parameter)

@@ -83,7 +83,7 @@ def test_neither_pass_makes_anything_of_the_table_s_size() -> None:
 def test_special_tables_take_the_general_way(options: dict[str, Any]) -> None:
     layer = make_layer(nn.Embedding(9, 4, **options), None)
     assert type(layer) is SamEmbedding
-    layer.update_layer("default", {"weight": 0})
+    layer.update_layer("default", ["weight"])
     layer.set_adapter("default")
     layer.set_support("default", {"weight": torch.tensor([1, 6, 20])}, {"weight": torch.tensor([1.0, 2.0, 3.0])})
     table, ids = layer.base_layer.weight.detach().clone(), torch.tensor([0, 1, 5])
@@ -97,7 +97,7 @@ def test_special_tables_take_the_general_way(options: dict[str, Any]) -> None:
 def test_an_embedding_times_a_number_is_looked_up_in_the_same_way(cls: Any) -> None:
     layer = make_layer(cls(9, 4, 0, 2.5).bfloat16(), None)
     assert type(layer) is SamEmbedding
-    layer.update_layer("default", {"weight": 0})
+    layer.update_layer("default", ["weight"])
     layer.set_adapter("default")
     layer.set_support("default", {"weight": torch.tensor([1, 6, 20])}, {"weight": torch.tensor([1.0, 2.0, 3.0])})
     ids, found = torch.tensor([0, 1, 5]), layer(torch.tensor([0, 1, 5]))

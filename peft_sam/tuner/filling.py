@@ -1,0 +1,50 @@
+"""Putting a file's tensors into an adapter that was injected for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from peft_sam._peft import file_follows
+from peft_sam.config import SamConfig
+from peft_sam.files.checkpoint import KEY, check_others, counts_in, read_file
+from peft_sam.files.embeddings import Brought
+from peft_sam.files.fingerprint import check_base
+from peft_sam.layers.found import has_support, layers_with, sam_layers
+from peft_sam.tuner.candidates import record_counts
+
+
+def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Check all tensors of a file, then give the adapter its supports and values, and the base a resized embedding.
+
+    Returns:
+        the rest of the tensors: heads.
+
+    Raises:
+        ValueError: if one does not belong there; nothing is changed then.
+    """
+    layers = layers_with(model, adapter_name)
+    replaces = has_support(model, adapter_name)
+    rest = {key: tensor for key, tensor in state.items() if not KEY.match(key)}
+    embeddings = Brought(rest, model, adapter_name)
+    rest = {key: tensor for key, tensor in rest.items() if key not in embeddings.keys}
+    check_others(rest, model, adapter_name, shapes=replaces)
+    found = read_file(state, layers, adapter_name, None if replaces else config.counts)
+    if file_follows.get() is not None and config.selection is not None:
+        kept = {name: text for name, text in config.fingerprints.items() if name not in embeddings.names}
+        check_base(sam_layers(model), kept, config.strict_base)
+    embeddings.put()
+    for name, layer in layers.items():
+        parts = found.get(name, {})
+        layer.set_support(
+            adapter_name,
+            {key: indices for key, (indices, _) in parts.items()},
+            {key: values for key, (_, values) in parts.items()},
+        )
+        if hasattr(model, "hf_device_map"):
+            for delta in layer.deltas(adapter_name).values():
+                delta.expect_dispatch()
+    if replaces or config.counts != counts_in(found):
+        record_counts(config, layers, adapter_name, {} if replaces else config.selection)
+    return rest
