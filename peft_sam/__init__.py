@@ -37,6 +37,7 @@ from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
 from peft_sam.tuner.hotswap import register_swap
 from peft_sam.tuner.merged import merged
 from peft_sam.tuner.model import SamModel
+from peft_sam.tuner.moved import MovedBuffersWarning
 
 __version__ = "0.1.0"
 
@@ -45,6 +46,7 @@ __all__ = [
     "FewerEntriesWarning",
     "GradientStatistics",
     "Loss",
+    "MovedBuffersWarning",
     "OtherBaseWarning",
     "PendingAdapterError",
     "RateWarning",

@@ -27,6 +27,7 @@ from peft_sam.tuner.candidates import (
     support_as,
     target_as,
 )
+from peft_sam.tuner.moved import remember_buffers
 from peft_sam.tuner.states import take_states
 from peft_sam.tuner.targets import is_target, named_parameters
 from peft_sam.tuner.ties import tie
@@ -65,6 +66,7 @@ def inject(
         _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model, adapter_name, config)
         take_states(model)
+        remember_buffers(model)
         _share(model)
         if config.selection is not None and renamed is None:
             check_base(sam_layers(model), config.fingerprints, config.strict_base)

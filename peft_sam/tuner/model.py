@@ -24,6 +24,7 @@ from peft_sam.tuner.arithmetic import Combined, changing, check_combination, com
 from peft_sam.tuner.embeddings import check_ties
 from peft_sam.tuner.filling import fill
 from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, unshare, withdraw
+from peft_sam.tuner.moved import warn_of_moved
 from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
 
@@ -48,8 +49,7 @@ class SamModel(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"no adapter {adapter_name!r}; there are {sorted(self.peft_config)}.")
-        found = deltas_of(self.model, adapter_name)
-        return {name: delta for name, delta in found.items() if not delta.pending}
+        return {name: delta for name, delta in deltas_of(self.model, adapter_name).items() if not delta.pending}
 
     # Injection. What is called on `SamModel` rather than on `self` also runs inside PEFT's MixedModel.
 
@@ -248,9 +248,8 @@ class SamModel(BaseTuner):
         if autocast_adapter_dtype:
             return
         for layer in sam_layers(self.model).values():
-            own = layer.parameters_below()
             for name, delta in layer.deltas(adapter_name).items():
-                delta.to(own[name].dtype)
+                delta.to(layer.parameters_below()[name].dtype)
 
     # Files
 
@@ -269,6 +268,7 @@ class SamModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        warn_of_moved(model)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # of modules that another adapter trains densely, which PEFT passes over
         originals = {key: t for key, t in state_dict.items() if f".sam_sparse_delta.{adapter_name}." in key}
