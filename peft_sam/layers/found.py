@@ -45,6 +45,14 @@ def base_modules(model: nn.Module, parts: bool = False) -> Iterator[tuple[str, n
     return below(model, "")
 
 
+def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in all the places that another has in a network."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old and parent is not new:
+                parent._modules[name] = new
+
+
 def module_of(path: str) -> str:
     """The name in the unwrapped base model of the module at `path` in a model or a file."""
     return base_name(path).removeprefix(PEFT_PREFIX)

@@ -40,7 +40,8 @@ class SamLinear(SamLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with θ + Σ Δ over the active adapters; without Δ if merged or disabled."""
-        y = None if torch.is_grad_enabled() else self._by_entries(args, kwargs)
+        slow = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+        y = None if slow else self._by_entries(args, kwargs)
         return super().forward(*args, **kwargs) if y is None else y
 
     def _by_entries(self, args: Any, kwargs: Any) -> Tensor | None:
@@ -59,8 +60,6 @@ class SamLinear(SamLayer):
             or mine["_tied"]
             or mine["sample_adapters"]
             or self._disable_adapters
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
         ):
             return None
         x, base = args[0], mine["_modules"]["base_layer"]

@@ -30,7 +30,7 @@ from peft_sam.tuner.candidates import (
 from peft_sam.tuner.moved import remember_buffers
 from peft_sam.tuner.states import take_states
 from peft_sam.tuner.targets import is_target, named_parameters
-from peft_sam.tuner.ties import tie
+from peft_sam.tuner.ties import loosen, tie
 
 
 def inject(
@@ -62,9 +62,10 @@ def inject(
     try:
         if state_dict is not None:
             target_as(state_dict, config, model)
+        loosen(model, config.modules_to_save or ())
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _adapt_inside_layers(tuner, model, adapter_name, config)
-        _tie(tuner, model, adapter_name, config)
+        _tie(tuner, model)
         take_states(model)
         remember_buffers(model)
         _share(model)
@@ -83,6 +84,7 @@ def inject(
                 layer.sam_sparse_delta[adapter_name].to("meta")
     except BaseException:
         withdraw(tuner, adapter_name)
+        _tie(tuner, model)
         raise
 
 
@@ -198,17 +200,19 @@ def unshare(model: nn.Module) -> None:
                 parent._modules[name] = child.get_base_layer()
 
 
-def _tie(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+def _tie(tuner: Any, model: nn.Module) -> None:
     def wrap(name: str) -> SamLayer:
         module = model.get_submodule(name)
         if isinstance(module, SamLayer):
             return module
         path, _, child = name.rpartition(".")
         layer = _wrap(tuner, module, child, model.get_submodule(path), targeted=False)
-        layer.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+        layer.set_adapter(tuner.active_adapters)
         return layer
 
-    tie(model, adapter_name, wrap, config)
+    for adapter_name, config in tuner.peft_config.items():
+        if isinstance(config, SamConfig):
+            tie(model, adapter_name, wrap, config)
 
 
 def _reached(parameters: Mapping[str, Tensor], counts: Mapping[str, int] | None) -> list[str]:

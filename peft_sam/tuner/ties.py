@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from torch import nn
 
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import base_modules, base_name
+from peft_sam.layers.found import base_modules, base_name, put_in_place_of, sam_layers
 from peft_sam.layers.owned import stored_parameters
 
 
@@ -33,6 +33,19 @@ def shared_parameters(model: nn.Module) -> list[list[Place]]:
         for parameter_name, parameter in stored_parameters(module).items():
             places[id(parameter)].append(Place(name, parameter_name))
     return [found for found in places.values() if len(found) > 1]
+
+
+def loosen(model: nn.Module, names: Collection[str]) -> None:
+    """Take the layers off modules with these names, or endings of names, that do no more than follow: `tie` is next.
+
+    PEFT puts no copy that is trained densely in the place of a tuner's layer.
+    """
+    for path, layer in list(sam_layers(model).items()):
+        follows = layer._tied and not any(layer.deltas(adapter_name) for adapter_name in layer.sam_sparse_delta)
+        if follows and any(path == name or path.endswith(f".{name}") for name in names):
+            for owner, _ in layer._tied.values():
+                owner._followers.remove(layer)
+            put_in_place_of(model, layer, layer.base_layer)
 
 
 def tie(model: nn.Module, adapter_name: str, wrap: Callable[[str], SamLayer], config: SamConfig) -> None:

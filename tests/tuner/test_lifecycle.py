@@ -408,6 +408,30 @@ def test_transformers_own_methods_switch_and_delete_adapters() -> None:
     assert torch.equal(logits(model), logits(base))
 
 
+TIED = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
+
+
+@TIED
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_second_adapter_trains_the_head_densely_that_follows_the_embedding_of_the_first(fails: bool) -> None:
+    model: Any = get_peft_model(gpt2().eval(), config(task_type="CAUSAL_LM", target_modules="all"))
+    expected = logits(model)
+    second = {"target_modules": ["nothing"] if fails else ["c_attn"], "modules_to_save": ["lm_head"], "seed": 1}
+    if fails:
+        with pytest.raises(ValueError, match="nothing"):
+            model.add_adapter("second", config(**second))
+    else:
+        model.add_adapter("second", config(**second))
+        assert torch.equal(logits(model), expected)
+        model.set_adapter("second")
+        assert not torch.equal(logits(model), expected)
+        model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+
+
+@TIED
 def test_a_tied_head_that_is_trained_densely_leaves_the_embedding_its_delta(tmp_path: Path) -> None:
     base = gpt2().eval()
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": ["wte"], "modules_to_save": ["lm_head"]}
