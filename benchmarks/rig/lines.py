@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -77,7 +78,7 @@ def chosen(lines: Iterable[Line]) -> dict[tuple[str, str], list[Line]]:
 def _worth(lines: list[Line]) -> tuple[int, float, float]:
     return (
         len(lines),
-        statistics.mean(headline(line["val"]) for line in lines),
+        statistics.mean(headline(line["val"]) if line["val"] else -math.inf for line in lines),
         -statistics.mean(line["loss"]["val"] for line in lines),
     )
 

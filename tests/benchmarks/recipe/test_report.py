@@ -59,6 +59,11 @@ def test_results_are_of_the_chosen_rate_and_of_other_seeds_than_chose_it() -> No
     assert {one["config"]["lr"] for one in runs["lora:r=2"].values()} == {0.2}
 
 
+def test_a_rate_that_broke_is_not_the_best_one() -> None:
+    broken = {**line("random", 1, 0.9, 1.0), "val": {}, "loss": {"val": math.inf}}
+    assert [one["config"]["lr"] for one in fresh([broken, line("random", 1, 0.3, 2.0)])["random"].values()] == [0.3]
+
+
 def test_a_method_is_compared_seed_by_seed_with_the_lora_of_its_size() -> None:
     runs = fresh(LINES)
     assert [rival(name, runs) for name in runs] == [None, "lora:r=2", None]
