@@ -15,18 +15,6 @@ from benchmarks.rig.methods import parse
 from benchmarks.rig.models import HEAD, build, candidate_modules, data_of
 from benchmarks.rig.run import execute
 from benchmarks.rig.runs import append, read
-from tests.benchmarks.tiny import write_language_model, write_model, write_tasks
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("models")
-    return {"smollm2": write_language_model(folder / "llama"), "minilm": write_model(folder / "bert")}
 
 
 def test_every_method_of_every_bed_is_one_and_is_written_in_one_way() -> None:
@@ -38,11 +26,9 @@ def test_every_method_of_every_bed_is_one_and_is_written_in_one_way() -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 8])
-def test_the_methods_of_a_size_train_as_many_entries_as_lora_of_its_rank(
-    rank: int, data: str, models: dict[str, str]
-) -> None:
-    task = data_of("docs", data, models["smollm2"], 64)
-    plain: Any = build(models["smollm2"], task, "first", 0)
+def test_the_methods_of_a_size_train_as_many_entries_as_lora_of_its_rank(rank: int, data: str, llama: str) -> None:
+    task = data_of("docs", data, llama, 64)
+    plain: Any = build(llama, task, "first", 0)
     names = candidate_modules(plain, "linear")
     layers = [plain.get_submodule(name) for name in names]
     of_rank_one = sum(layer.in_features + layer.out_features for layer in layers)
@@ -51,7 +37,7 @@ def test_the_methods_of_a_size_train_as_many_entries_as_lora_of_its_rank(
     for text in methods(Bed(BEDS["docs"].run, (rank,), density, 2, 2), rank):
         spec = parse(text.replace("warm=64", "warm=1"))
         own = spec.of_the_run.get("density", density)
-        method, model = spec.make(), build(models["smollm2"], task, "first", 0)
+        method, model = spec.make(), build(llama, task, "first", 0)
         setup = Setup(own, 0, 2, 1e-3, batches, HEAD, names)
         assert abs(method.trained(method.start(model, setup), setup) - rank * of_rank_one) <= 2
 
@@ -76,7 +62,7 @@ def test_a_grid_is_searched_by_its_own_seed_and_a_single_rate_is_not() -> None:
 
 
 def test_runs_give_lines_that_tables_and_both_figures_are_made_of(
-    data: str, models: dict[str, str], tmp_path: Path, capsys: Any
+    data: str, tiny: str, llama: str, tmp_path: Path, capsys: Any
 ) -> None:
     wanted = [
         ("docs", "lora:r=2", 1),
@@ -85,7 +71,16 @@ def test_runs_give_lines_that_tables_and_both_figures_are_made_of(
         ("cola", "lora:r=1", 1),
     ]
     for bed, name, seed in wanted:
-        options = ["--model", models[BEDS[bed].run["model"]], "--lrs", "1e-2", "--seeds", str(seed), "--methods", name]
+        options = [
+            "--model",
+            llama if bed == "docs" else tiny,
+            "--lrs",
+            "1e-2",
+            "--seeds",
+            str(seed),
+            "--methods",
+            name,
+        ]
         (search,) = searches(options, bed)
         (run,) = search.grid
         append(tmp_path, execute(run_of_two_steps(run), data))
