@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peft_sam import SamConfig, select_parameters
+from peft_sam import SamConfig, Selection, select_parameters
 from peft_sam.layers.found import deltas_of
 from tests.shared.cases import NETS, NetCase, bert, names
 from tests.shared.versions import takes_adapters
@@ -173,3 +173,28 @@ def test_accelerate_loads_a_checkpoint_into_a_pending_adapter(tmp_path: Path) ->
         getattr(accelerator, action)(str(tmp_path))
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
     assert other.peft_config["default"].counts == model.peft_config["default"].counts
+
+
+def test_accelerate_resumes_an_optimizer_that_was_made_after_the_selection(tmp_path: Path) -> None:
+    base, batch = bert(), NETS[0].batch(3)
+
+    def prepared(selection: Selection | None) -> tuple[Accelerator, Any, Any, Selection]:
+        model, accelerator = pending(base), Accelerator(cpu=True)
+        selection = select_parameters(model, [batch], selection=selection, progress=False)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        return accelerator, *accelerator.prepare(model, optimizer), selection
+
+    def step(model: Any, optimizer: Any) -> None:
+        model.eval()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    accelerator, model, optimizer, selection = prepared(None)
+    step(model, optimizer)
+    selection.save(tmp_path / "selection.safetensors")
+    accelerator.save_state(str(tmp_path / "state"))
+    again, other, its, _ = prepared(Selection.load(tmp_path / "selection.safetensors"))
+    again.load_state(str(tmp_path / "state"))
+    for each in ((model, optimizer), (other, its)):
+        step(*each)
+    assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
