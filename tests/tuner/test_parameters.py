@@ -28,9 +28,9 @@ def test_each_parameter_alone_is_the_only_candidate_trains_and_merges(case: Modu
     base = case.make()
     for name in sorted(candidates(copy.deepcopy(base), target_modules="all")):
         torch.manual_seed(0)
-        model: Any = get_peft_model(
-            copy.deepcopy(base), SamConfig(target_modules=[], target_parameters=[name], density=0.4)
-        )
+        density = max(0.2, min(1.0, 1.5 / base.get_parameter(name).numel()))
+        config = SamConfig(target_modules=[], target_parameters=[name], density=density)
+        model: Any = get_peft_model(copy.deepcopy(base), config)
         assert set(candidates_of(model, "default")) == {name}
         x = case.input()
         select_parameters(model, [x], loss_fn=lambda model, x: (model(x).double() ** 2).sum(), progress=False)
