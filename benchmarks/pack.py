@@ -40,8 +40,10 @@ python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target s
 export PYTHONPATH="$PWD/repository:$PWD/site:$PWD" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 cd repository
 export PEFT_SAM_TEST_DEVICE=cuda
-timeout "$((minutes * 20))" python3 -m pytest -q -rf --tb=short -m 'on_device and not extra' \\
-    tests/sparse tests/layers tests/choosing tests/selecting tests/whole >"$results/tests.txt" 2>&1 || true
+timeout "$((minutes * 20))" python3 -m pytest -q -n 8 -rf --tb=short -m 'not extra' \\
+    tests/sparse/test_ops.py tests/layers/test_base.py tests/layers/test_linear.py tests/layers/test_embedding.py \\
+    tests/choosing/test_threshold.py tests/choosing/test_gradients.py tests/selecting/test_select.py \\
+    tests/whole/test_training.py tests/layers/test_compile.py >"$results/tests.txt" 2>&1 || true
 tail -n 20 "$results/tests.txt"
 exec python3 benchmarks/device.py --minutes "$((minutes * 2 / 3))" --texts ../texts --out "$results/device.jsonl"
 """

@@ -107,9 +107,9 @@ class _Python(TorchFunctionMode):
             raise TypeError("a tensor on the GPU has no numpy array")
         if function is Tensor.tolist and mine:
             self.gpu.wait("tolist")
-        if function is Tensor.backward:  # runs Python code, which is to see the device too
+        if function in (Tensor.backward, torch.autograd.grad):  # run Python code, which is to see the device too
             with self:
-                return self._backward(*args, **kwargs)
+                return (backward if function is Tensor.backward else grad)(*args, **kwargs)
         if function in NAMING:
             return function(*args, **kwargs)
         asked = [leaf for leaf in tree_leaves((args, kwargs)) if is_gpu(leaf)]
@@ -121,18 +121,6 @@ class _Python(TorchFunctionMode):
         if isinstance(found, Tensor) and (asked or copied or kwargs.get("device") is not None):
             (self.gpu.take if asked or copied else self.gpu.leave)(found)
         return found
-
-    def _backward(
-        self,
-        of: Tensor,
-        gradient: Tensor | None = None,
-        retain_graph: bool | None = None,
-        create_graph: bool = False,
-        inputs: Any = None,
-    ) -> None:
-        gradient = torch.ones_like(of) if gradient is None else gradient
-        keep, into = create_graph if retain_graph is None else retain_graph, tuple(inputs or ())
-        _engine_run_backward((of,), (gradient,), keep, create_graph, into, allow_unreachable=True, accumulate_grad=True)
 
     def _move(self, function: Any, args: Any, kwargs: Any, mine: bool, asked: bool) -> Tensor:
         like = next((arg for arg in args[1:] if isinstance(arg, Tensor)), None)
@@ -156,6 +144,37 @@ class _Python(TorchFunctionMode):
         if wanted:
             self.gpu.take(found)
         return found
+
+
+def backward(
+    of: Tensor, gradient: Any = None, retain_graph: Any = None, create_graph: Any = False, inputs: Any = None
+) -> None:
+    """`Tensor.backward` without its look at who else wants to do it."""
+    run((of,), (gradient,), retain_graph, create_graph, tuple(inputs or ()), accumulate_grad=True)
+
+
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: Any = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+    **_: Any,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad`, likewise."""
+    outputs, inputs, gradients = (tree_leaves(given) for given in (outputs, inputs, grad_outputs))
+    gradients = gradients if grad_outputs is not None else [None] * len(outputs)
+    found = run(tuple(outputs), tuple(gradients), retain_graph, create_graph, tuple(inputs), accumulate_grad=False)
+    if not allow_unused and any(gradient is None for gradient in found):
+        raise RuntimeError("an input was not used")
+    return found
+
+
+def run(of: Any, gradients: Any, retain: bool | None, create: bool, into: Any, accumulate_grad: bool) -> Any:
+    gradients = tuple(torch.ones_like(o) if g is None else g for o, g in zip(of, gradients, strict=True))
+    keep = create if retain is None else retain
+    return _engine_run_backward(of, gradients, keep, create, into, True, accumulate_grad=accumulate_grad)
 
 
 def is_gpu(leaf: Any) -> bool:
