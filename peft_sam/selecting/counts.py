@@ -137,8 +137,15 @@ def _with_labels(batch: Mapping[str, Any], labels: Tensor) -> Mapping[str, Any]:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, but for layers of 4-bit weights.
+
+    They behave the same in both, and on CPUs bitsandbytes would rearrange their weights, at their first pass in eval
+    mode without gradients, for a kernel that no gradient comes through: neither in the pass nor in training.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        module.training = hasattr(getattr(module, "weight", None), "quant_state")
     try:
         yield
     finally:
