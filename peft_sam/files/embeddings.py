@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 
 from peft_sam._peft import AuxiliaryTrainingWrapper, BaseTunerLayer
@@ -58,7 +59,10 @@ def is_resized(model: Any, config: SamConfig) -> bool:
         return False
     try:
         there = type(model.config).from_pretrained(base, revision=config.revision)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        absent = isinstance(error.__cause__, (RepositoryNotFoundError, EntryNotFoundError))
+        if absent and not isinstance(error.__cause__, LocalEntryNotFoundError):  # the hub knows of none
+            return False
         warnings.warn(
             f"Could not find a config file in {base} - will assume that the vocabulary was not modified.", stacklevel=4
         )
