@@ -182,26 +182,30 @@ class SamLayer(Holder):
     # Conversion to LoRA, by PEFT's `convert_to_lora`
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether a LoRA adapter could have such a layer: the linear ones."""
+        """Whether the weights of a LoRA adapter could say what this one changes: in linear layers, all but biases.
+
+        Warns if it is only the biases that stand in the way.
+        """
         base = self.get_base_layer()
-        return isinstance(base, (nn.Linear, Conv1D)) or is_packed_linear(base)
+        if not isinstance(base, (nn.Linear, Conv1D)) and not is_packed_linear(base):
+            return False
+        seen = self._seen(adapter_name)
+        biases = any(bool(delta.values.any()) for name, delta in seen.items() if name != "weight" and not delta.pending)
+        if biases:
+            warnings.warn(
+                f"The adapter {adapter_name!r} changes biases, which PEFT's conversion to LoRA cannot hold: "
+                'peft_sam.export_adapter(model, path, "lora") writes LoRA files with them.',
+                stacklevel=2,
+            )
+        return not biases
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """Δ of the weight of a linear layer, dense, at the adapter's scale.
-
-        Warns if the adapter changes other parameters than weights, which is lost where this is all that is asked for.
-        """
+        """Δ of the weight of a linear layer, dense, at the adapter's scale."""
         weight = self.parameters_below()["weight"]
         whole = torch.zeros(weight.shape, dtype=delta_dtype(weight.dtype), device=weight.device)
-        for name, delta in self._seen(adapter_name).items():
-            if name == "weight" and not delta.pending:
-                whole = whole.flatten().index_copy(0, delta.checked_indices(), delta.values).view(whole.shape)
-            elif bool(delta.values.any()):
-                warnings.warn(
-                    f"The adapter {adapter_name!r} changes biases, too, and a conversion of weights leaves that out: "
-                    "peft_sam.export_adapter writes LoRA files with biases.",
-                    stacklevel=2,
-                )
+        delta = self._seen(adapter_name).get("weight")
+        if delta is not None and not delta.pending:
+            whole = whole.flatten().index_copy(0, delta.checked_indices(), delta.values).view(whole.shape)
         return whole
 
     def __repr__(self) -> str:

@@ -43,7 +43,7 @@ def check_samples(names: Sequence[str], known: Iterable[str], training: bool) ->
     if unknown := sorted(set(names) - {*known, BASE}):
         raise ValueError(f"adapter_names has {unknown}; the adapters are {sorted(known)}, and {BASE!r} for none.")
     if training:
-        raise ValueError("adapter_names is for inference: call model.eval() first.")
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode: call model.eval() first.")
 
 
 @contextmanager
@@ -54,10 +54,12 @@ def adapters_by_sample(layers: Mapping[str, Any], call: Samples) -> Iterator[Non
         ValueError: if adapters are merged.
     """
     if any(layer.merged for layer in layers.values()):
-        raise ValueError("adapter_names needs unmerged adapters: call model.unmerge_adapter() first.")
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
 
     def named(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": list(call.names)}
+        return args, {**kwargs, "adapter_names": call.names_of_rows()}
 
     model = call.model
     heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
@@ -96,6 +98,12 @@ class Samples:
         self._grows: dict[str, list[bool]] | None = None
         self._trial: dict[str, list[int]] | None = None
         self._inside = False
+
+    def names_of_rows(self) -> list[str]:
+        """The names as heads take them; in a trial, of a row less."""
+        if self._trial is None:
+            return list(self.names)
+        return [self.names[row * len(self.names) // self.rows] for row in range(self.rows - 1)]
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Look at what the model, or its encoder alone, is called with.
@@ -141,7 +149,10 @@ class Samples:
             return
         self.rows = len(given[0])
         if self.rows % len(self.names) or not self.rows:
-            raise ValueError(f"adapter_names has {len(self.names)} names for a batch of {self.rows} samples.")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(self.names)} and {self.rows} respectively."
+            )
         self.lengths = {t.shape[1] for name, t in tensors.items() if name in SEQUENCES and t.ndim > 1}
 
     def forward(self, path: str, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:

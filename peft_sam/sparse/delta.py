@@ -57,6 +57,7 @@ class SparseDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer("support", _code(indices, self.shape.numel()))
         self._forget()
+        self._sharded = False
         self._remembered: nn.Parameter | None = None
 
     @classmethod
@@ -134,19 +135,23 @@ class SparseDelta(nn.Module):
         found: Tensor = self.derive("checked", _checked)
         return found
 
+    def leave_values_out(self) -> None:
+        """Put the values on the meta device: they will be loaded."""
+        self.values = nn.Parameter(self.values.data.to("meta"), requires_grad=self.values.requires_grad)
+
     # Accelerate shards a model (FSDP2) by moving it to the meta device and loading the parameters of the first process.
     # Every process knows the support, and keeps it.
 
     def _apply(self, fn: Any, recurse: bool = True) -> SparseDelta:
         support = self.support
         super()._apply(fn, recurse)
-        if self.support.is_meta:
-            self.support = support
+        if self.support.is_meta and not support.is_meta:
+            self.support, self._sharded = support, True
         return self
 
     @property
     def _awaits_values(self) -> bool:
-        return self.values.is_meta and not self.support.is_meta
+        return self._sharded and self.values.is_meta and not self.support.is_meta
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -15,7 +15,7 @@ from peft_sam._peft import BaseTunerLayer, file_follows
 from peft_sam.config import SamConfig
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import base_modules, base_name, has_support, layers_with, sam_layers
+from peft_sam.layers.found import base_modules, base_name, deltas_of, has_support, layers_with, sam_layers
 from peft_sam.layers.make import make_layer
 from peft_sam.layers.owned import own_parameters, read_not_called
 from peft_sam.selection import Selection
@@ -80,8 +80,8 @@ def inject(
         if like is not None and has_support(model, like):
             share_support(model, like, adapter_name, config)
         if low_cpu_mem_usage:
-            for layer in layers_with(model, adapter_name).values():
-                layer.sam_sparse_delta[adapter_name].to("meta")
+            for delta in deltas_of(model, adapter_name).values():
+                delta.leave_values_out()
     except BaseException:
         withdraw(tuner, adapter_name)
         _tie(tuner, model)

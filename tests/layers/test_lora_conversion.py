@@ -88,9 +88,10 @@ def test_the_dense_weight_change_is_at_the_adapter_s_scale_and_zero_while_pendin
     assert not pending.get_delta_weight("default").any()
 
 
-def test_biases_are_left_out_with_a_warning_and_other_modules_are_refused() -> None:
+def test_biases_and_other_modules_than_linear_ones_are_refused() -> None:
     base = Sequential(nn.Linear(8, 8))
-    with pytest.warns(UserWarning, match=r"changes biases, too.*export_adapter"):
+    refused = pytest.raises(TypeError, match="do not support LoRA conversion")
+    with pytest.warns(UserWarning, match=r"changes biases.*export_adapter"), refused:
         convert_to_lora(adapted(base, target_modules=["0"], density=1.0), rank=8)
     norm = Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
     with pytest.raises(TypeError, match="do not support LoRA conversion"):

@@ -77,8 +77,8 @@ def test_generation_is_that_of_each_sample_alone(beams: int) -> None:
     [
         (["first", "other"], lambda m: None, r"adapter_names has \['other'\]; the adapters are \['first', 'second'\]"),
         (["first", "first"], lambda m: m.train(), "call model.eval"),
-        (["first", "first"], lambda m: m.merge_adapter(["second"]), "needs unmerged adapters"),
-        (["first"] * 3, lambda m: None, "3 names for a batch of 2 samples"),
+        (["first", "first"], lambda m: m.merge_adapter(["second"]), "please call `unmerge_adapter` first"),
+        (["first"] * 3, lambda m: None, "got 3 and 2 respectively"),
     ],
 )
 def test_names_that_do_not_fit_are_refused_and_leave_nothing_behind(names: Any, before: Any, message: str) -> None:
@@ -233,3 +233,18 @@ def test_an_encoder_and_its_decoder_generate_what_each_sample_gets_alone(beams: 
     everywhere = adapted(t5(), task_type="SEQ_2_SEQ_LM", target_modules="all", density=0.5)
     with pytest.raises(ValueError, match="relative_attention_bias"):
         everywhere.generate(input_ids=ids, adapter_names=names, **options)
+
+
+def test_heads_of_their_own_follow_the_names_where_shapes_do_not_tell_the_batch() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    options: dict[str, Any] = {"target_modules": ["0"], "modules_to_save": ["2"], "score": "random", "density": 0.3}
+    model: Any = get_peft_model(base, SamConfig(init_weights=False, **options), "first")
+    model.add_adapter("second", SamConfig(init_weights=False, seed=1, **options))
+    model.eval()
+    with torch.no_grad():
+        for name in ("first", "second"):
+            model.base_model.model[2].modules_to_save[name].weight.normal_()
+    x, names = torch.randn(4, 8), ["second", "first", "__base__", "second"]
+    found = model(x, adapter_names=names)
+    for row, name in enumerate(names):
+        assert torch.allclose(found[row], model(x[row : row + 1], adapter_names=[name])[0], atol=1e-6)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -198,3 +198,14 @@ def test_accelerate_resumes_an_optimizer_that_was_made_after_the_selection(tmp_p
     for each in ((model, optimizer), (other, its)):
         step(*each)
     assert all(torch.equal(tensor, other.state_dict()[key]) for key, tensor in model.state_dict().items())
+
+
+def test_an_adapter_injected_for_a_state_dict_without_values_shows_its_keys_already() -> None:
+    base = bert()
+    state = get_peft_model_state_dict(trained(base), save_embedding_layers=False)
+    sparse = {key.removeprefix(PREFIX): tensor for key, tensor in state.items() if "sam_sparse_" in key}
+    config = SamConfig(density=0.05)
+    empty = inject_adapter_in_model(config, copy.deepcopy(base), state_dict=sparse, low_cpu_mem_usage=True)
+    shown = get_peft_model_state_dict(empty, save_embedding_layers=False)
+    assert shown.keys() == sparse.keys()
+    assert all(tensor.shape == sparse[key].shape for key, tensor in shown.items())
