@@ -30,8 +30,16 @@ def embeddings_to_save(
 
     Args:
         state: of the model, where its parameters are elsewhere; or None.
-        save: True for all of them, "auto" for those whose vocabulary is not that of the base model's config.
+        save: True for all of them, "auto" for those whose vocabulary is not that of the base model's config. Where the
+            model tells of no vocabulary, nobody knows; then those that the adapter changes, with PEFT's warning.
     """
+    unknown = save == "auto" and _vocabulary(getattr(model, "config", None)) is None
+    adapted = [path for path in embedding_paths(model, adapter_name) if path.endswith(".base_layer")] if unknown else []
+    if any(isinstance(model.get_submodule(path), nn.Embedding) for path in adapted):
+        save = True
+        warnings.warn(
+            "Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", stacklevel=3
+        )
     if not save or (save == "auto" and not is_resized(model, config)):
         return {}
     if save != "auto" and not hasattr(model, "get_input_embeddings"):

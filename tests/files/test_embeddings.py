@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +198,35 @@ def test_transformers_own_loading_does_the_same(make: Any, options: Any, tokens:
         found = base(make, tmp_path / "base", tokens=tokens)
         found.load_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(found, tokens), expected)
+
+
+class Plain(nn.Module):
+    """A model that has an embedding and no config to tell whether its vocabulary is as it was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(20, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.table(ids))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.table
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("targets", "brought"), [(["table"], True), (["table", "out"], True), (["out"], False)])
+def test_an_adapted_embedding_of_an_unknown_vocabulary_comes_along_with_peft_s_warning(
+    targets: list[str], brought: bool, tmp_path: Path
+) -> None:
+    model = get_peft_model(Plain(), SamConfig(target_modules=targets, **RANDOM))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.save_pretrained(tmp_path)
+    words = [str(warning.message) for warning in told]
+    assert any("as embedding layers found in `target_modules`" in text for text in words) == brought
+    assert ("base_model.model.table.base_layer.weight" in load_file(tmp_path / FILE)) == brought
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    assert all("sam_sparse_" in key for key in load_file(tmp_path / FILE))
