@@ -29,7 +29,7 @@ from transformers import (
 from peft_sam import export_adapter
 from peft_sam.export import formats
 from tests.export.test_export import IDS, Saved, bits
-from tests.shared.cases import VOCABULARY, bert, gpt2, llama, mixtral
+from tests.shared.cases import VOCABULARY, bert, gpt2, llama, mixtral, shown
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # stock SHiRA
 SHAPE: dict[str, Any] = {
@@ -65,7 +65,7 @@ EXPERTS: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("format", ["lora", "supertuning", "shira"])
-@pytest.mark.parametrize(("make", "options"), EXPERTS, ids=str)
+@pytest.mark.parametrize(("make", "options"), EXPERTS, ids=shown)
 @torch.no_grad()
 def test_a_twin_of_a_mixture_of_experts_loads_whole(make: Any, options: Any, format: str, tmp_path: Path) -> None:
     saved = Saved(tmp_path, make, **{"density": 0.2, **options})
@@ -93,7 +93,7 @@ def largest(state: dict[str, Any], ending: str = "") -> str:
 
 @pytest.mark.parametrize("how", ["a tensor less", "another number", "another name"])
 @pytest.mark.parametrize("format", formats.FORMATS)
-@pytest.mark.parametrize(("make", "options"), [(llama, {}), (bert, {"task_type": "SEQ_CLS"}), (gpt2, {})], ids=str)
+@pytest.mark.parametrize(("make", "options"), [(llama, {}), (bert, {"task_type": "SEQ_CLS"}), (gpt2, {})], ids=shown)
 def test_what_does_not_come_back_is_not_handed_out(
     make: Any, options: Any, format: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +152,7 @@ def test_a_link_to_an_empty_folder_is_filled(format: str, tmp_path: Path) -> Non
         assert (tmp_path / f"link to {there}").is_symlink()
 
 
-@pytest.mark.parametrize("options", [{}, {"save_dtype": "bfloat16"}, {"task_type": "SEQ_CLS"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"save_dtype": "bfloat16"}, {"task_type": "SEQ_CLS"}], ids=shown)
 def test_the_report_tells_the_bytes_beside_those_of_the_adapter_s_own_file(options: Any, tmp_path: Path) -> None:
     saved = Saved(tmp_path, bert, **options)
     saved.model.save_pretrained(tmp_path / "own")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 from peft_sam import SamConfig
-from tests.shared.cases import VOCABULARY, bert, clip, gpt2, llama, t5, vit
+from tests.shared.cases import VOCABULARY, bert, clip, gpt2, llama, shown, t5, vit
 
 FILE = "adapter_model.safetensors"
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True` and a tied layer:UserWarning")
@@ -82,7 +82,7 @@ def whole(folder: Path, model: Any) -> list[str]:
     return [key for key in state if ".sam_sparse_" not in key and not any(f".{head}." in key for head in heads)]
 
 
-@pytest.mark.parametrize(("make", "options"), MODELS + OTHERS, ids=str)
+@pytest.mark.parametrize(("make", "options"), MODELS + OTHERS, ids=shown)
 @pytest.mark.parametrize("save", ["auto", False])
 def test_the_file_holds_no_base_weights(make: Any, options: Any, save: Any, tmp_path: Path) -> None:
     model = get_peft_model(base(make, tmp_path / "base"), SamConfig(**RANDOM, **options))
@@ -93,7 +93,7 @@ def test_the_file_holds_no_base_weights(make: Any, options: Any, save: Any, tmp_
     assert all(torch.equal(here[key], there[key]) for key in here)
 
 
-@pytest.mark.parametrize(("make", "options"), MODELS, ids=str)
+@pytest.mark.parametrize(("make", "options"), MODELS, ids=shown)
 def test_a_resized_embedding_comes_along_once_and_the_rest_of_the_base_keeps_its_bits(
     make: Any, options: Any, tmp_path: Path
 ) -> None:
@@ -120,7 +120,7 @@ def test_a_resized_embedding_comes_along_once_and_the_rest_of_the_base_keeps_its
             assert torch.equal(one, two), name
 
 
-@pytest.mark.parametrize(("make", "options"), MODELS[:4] + MODELS[7:], ids=str)
+@pytest.mark.parametrize(("make", "options"), MODELS[:4] + MODELS[7:], ids=shown)
 @pytest.mark.parametrize("tokens", [VOCABULARY, VOCABULARY + 2])
 def test_saved_while_merged_the_file_holds_the_adapter_once(
     make: Any, options: Any, tokens: int, tmp_path: Path
@@ -184,7 +184,7 @@ def test_a_module_that_is_no_language_model_has_no_embeddings_to_save() -> None:
     assert all(".sam_sparse_" in key for key in found)
 
 
-@pytest.mark.parametrize(("make", "options"), [MODELS[0], MODELS[7]], ids=str)
+@pytest.mark.parametrize(("make", "options"), [MODELS[0], MODELS[7]], ids=shown)
 @pytest.mark.parametrize("tokens", [VOCABULARY, VOCABULARY + 2])
 def test_transformers_own_loading_does_the_same(make: Any, options: Any, tokens: int, tmp_path: Path) -> None:
     model = base(make, tmp_path / "base", tokens=tokens)

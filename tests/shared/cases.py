@@ -413,5 +413,10 @@ FAMILIES = [
 ]
 
 
+def shown(value: object) -> str:
+    """The id of a parameter that may be a function: the same in every process."""
+    return getattr(value, "__name__", str(value))
+
+
 def names(case: ModuleCase | NetCase | FamilyCase) -> str:
     return case.name
