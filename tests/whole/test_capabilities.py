@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import peft_sam
+
 REPOSITORY = os.environ.get("PEFT_REPOSITORY") or None
 # special to one method, and a list of words
 OF_LORA = ("extras",)
@@ -25,6 +27,7 @@ def says_no(value: Any) -> bool:
 @pytest.mark.skipif(REPOSITORY is None, reason="PEFT_REPOSITORY names no checkout of PEFT's repository")
 def test_every_row_of_peft_s_own_table_says_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert REPOSITORY is not None
+    assert peft_sam.SamConfig().peft_type == "SAM_SPARSE"  # the import has registered it
     found = tmp_path / "capabilities.json"
     monkeypatch.setattr(sys, "argv", ["generate", "--methods", "sam_sparse", "--output", str(found)])
     runpy.run_path(str(Path(REPOSITORY) / "scripts" / "generate_method_capabilities.py"), run_name="__main__")
