@@ -66,14 +66,15 @@ class SamLinear(SamLayer):
         held = mine["_modules"]["sam_sparse_delta"]._modules.get(active[0])
         changed = {} if held is None else held._modules
         delta, weight = changed.get("weight"), base._parameters.get("weight")
-        few = costs_of(x.device).few_tokens
+        costs = costs_of(x.device)
         if (
             delta is None
             or len(changed) > 1
-            or few is None
-            or x.numel() > few * x.shape[-1]
+            or costs.few_tokens is None
+            or x.numel() > costs.few_tokens * x.shape[-1]
             or delta.pending
             or not is_plain(weight)
+            or weight.numel() < costs.large
             or not weight.dtype == x.dtype == delta._parameters["values"].dtype
             or torch.is_autocast_enabled(x.device.type)
             or not is_bare(base)
