@@ -94,5 +94,6 @@ def test_biases_and_other_modules_than_linear_ones_are_refused() -> None:
     with pytest.warns(UserWarning, match=r"changes biases.*export_adapter"), refused:
         convert_to_lora(adapted(base, target_modules=["0"], density=1.0), rank=8)
     norm = Sequential(nn.LayerNorm(8), nn.Linear(8, 8))
-    with pytest.raises(TypeError, match="do not support LoRA conversion"):
-        convert_to_lora(adapted(norm, target_modules="all"), rank=8)
+    refused = pytest.raises(TypeError, match="do not support LoRA conversion")
+    with pytest.warns(UserWarning, match="changes biases"), refused:
+        convert_to_lora(adapted(norm, target_modules="all", density=1.0), rank=8)
