@@ -34,8 +34,8 @@ class Costs(NamedTuple):
 
 
 # Two cores, AVX-512, float32. (Few tokens, measured with one: 0.95 or 1.85 times the bare model by copies, from process
-# to process; 1.18 by entries. Of a weight of 192 × 576, on one core: 28 µs by copies, 18 by entries.)
-CPU = Costs(move=32, gather=64, second_block=4096, entry=160, sampled=16, few_tokens=4, large=2**16)
+# to process; 1.18 by entries.)
+CPU = Costs(move=32, gather=64, second_block=4096, entry=160, sampled=16, few_tokens=4, large=2**18)
 
 # NOT MEASURED. Arithmetic for an H100: 400 · 10¹² multiplications a second in bfloat16 and 3 TB/s make a byte moved 133
 # of them. A number moved is four bytes, one gathered or scattered eight, an entry some 30; a second block ten

@@ -302,6 +302,7 @@ def test_what_would_send_wrong_weights_is_an_error(change: Any, message: str, tm
 
 RECEIVER = """
 import sys, torch
+torch.set_num_threads(1)  # as in the tests: sums depend on it
 from peft_sam import WeightReceiver
 from transformers import AutoModelForCausalLM
 receivers, ids = {}, torch.arange(1, 13).view(2, 6)
