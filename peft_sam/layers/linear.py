@@ -58,6 +58,7 @@ class SamLinear(SamLayer):
             or self.transposed
             or mine["merged_adapters"]
             or mine["_tied"]
+            or mine["scaling"]
             or mine["sample_adapters"]
             or self._disable_adapters
         ):
@@ -84,7 +85,7 @@ class SamLinear(SamLayer):
         if csr is None:
             return None
         y = F.linear(x, weight, base._parameters.get("bias"))
-        add_csr(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), csr)
+        add_csr(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), csr)
         return y
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:

@@ -184,6 +184,12 @@ def a_hook_on_the_module(model: Any) -> None:
     model.get_base_model().first.base_layer.register_forward_hook(lambda module, args, output: output * 2)
 
 
+def another_scale(model: Any) -> None:
+    for module in model.modules():
+        if isinstance(module, SamLayer):
+            module.set_scale("default", 0.5)
+
+
 CHANGES: list[Any] = [
     lambda model: None,
     values_changed_in_place,
@@ -193,6 +199,7 @@ CHANGES: list[Any] = [
     a_hook_on_the_module,
     lambda model: model.double(),
     lambda model: model.merge_adapter(),
+    another_scale,
     lambda model: (
         model.add_adapter("other", SamConfig(**MANY, seed=1)) or model.base_model.set_adapter(["default", "other"])
     ),
@@ -221,3 +228,11 @@ def test_a_few_tokens_see_what_many_see_whatever_has_changed(
     torch.testing.assert_close(model(x), many.view(*shape[:-1], 7))
     with model.disable_adapter():
         torch.testing.assert_close(model(x), model.get_base_model()(x))
+
+
+@torch.no_grad()
+def test_a_few_tokens_may_lie_apart_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_sam.layers.linear.costs_of", lambda device: CPU._replace(large=0))
+    model: Any = get_peft_model(Stacked(), SamConfig(**MANY))
+    x = torch.randn(2, 12, 2).transpose(1, 2)
+    torch.testing.assert_close(model(x), model(x.contiguous()))
