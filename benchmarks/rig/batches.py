@@ -14,6 +14,8 @@ from benchmarks.rig.tasks import Row
 BUCKET = 32
 # How far a length may be taken for a longer or a shorter one, for the same end where one bucket holds all rows.
 JITTER = 0.1
+# Columns that are of the same size in every row.
+_WHOLE = {"labels", "spans"}
 
 
 class Batches:
@@ -35,7 +37,7 @@ class Batches:
         found = []
         for start in range(0, len(order), BUCKET * self.size):
             bucket = order[start : start + BUCKET * self.size]
-            keys = {n: len(self.rows[n]["input_ids"]) * rng.uniform(1 - JITTER, 1 + JITTER) for n in bucket}
+            keys = {n: length_of(self.rows[n]) * rng.uniform(1 - JITTER, 1 + JITTER) for n in bucket}
             bucket.sort(key=keys.__getitem__)
             found += [bucket[at : at + self.size] for at in range(0, len(bucket), self.size)]
         rng.shuffle(found)
@@ -45,17 +47,24 @@ class Batches:
 
 def in_order(rows: Sequence[Row], size: int, padding: int, device: str = "cpu") -> Iterator[dict[str, Tensor]]:
     """All rows once, the longest first."""
-    ordered = sorted(rows, key=lambda row: len(row["input_ids"]), reverse=True)
+    ordered = sorted(rows, key=length_of, reverse=True)
     for start in range(0, len(ordered), size):
         yield collate(ordered[start : start + size], padding, device)
 
 
+def length_of(row: Row) -> int:
+    """Tokens of a row, or of the longer of its choices."""
+    ids = row["input_ids"]
+    return max(map(len, ids)) if isinstance(ids[0], list) else len(ids)
+
+
 def collate(rows: Sequence[Row], padding: int, device: str = "cpu") -> dict[str, Tensor]:
-    """One batch: token columns padded at the right to (rows, tokens), and labels."""
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = {"labels": torch.tensor([row["labels"] for row in rows], device=device)}
-    for name in rows[0].keys() - {"labels"}:
+    """One batch: token columns padded at the right to (rows, tokens) or (rows, choices, tokens), labels and spans."""
+    length, choices = max(map(length_of, rows)), isinstance(rows[0]["input_ids"][0], list)
+    batch = {name: torch.tensor([row[name] for row in rows], device=device) for name in _WHOLE & rows[0].keys()}
+    for name in rows[0].keys() - _WHOLE:
         value = padding if name == "input_ids" else 0
-        lines = [row[name] + [value] * (length - len(row[name])) for row in rows]
-        batch[name] = torch.tensor(lines, device=device)
+        lines = [line for row in rows for line in (row[name] if choices else [row[name]])]
+        table = torch.tensor([line + [value] * (length - len(line)) for line in lines], device=device)
+        batch[name] = table.view(len(rows), -1, length) if choices else table
     return batch

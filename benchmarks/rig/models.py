@@ -6,7 +6,8 @@ tanh, dropout, a linear layer to the classes, on one vector of the text. This is
 vector is the first token's last hidden state; jiant puts it on the encoder's pooler. Sentence models such as MiniLM
 (the default) were trained on the mean over tokens; BERT's pooler, which their files still carry, was not trained with
 them. So where the model's folder says that it pools by the mean (`1_Pooling/config.json`), the vector is the mean; and
-a pooler is left out, as it would be one more pretrained layer in some models and none in others.
+a pooler is left out, as it would be one more pretrained layer in some models and none in others. Of two choices each
+gets one output of this head, and the loss is cross-entropy over them, as in jiant. Two spans have a head of their own.
 
 A language model has no head: its own output layer is tied to its embeddings, and not a candidate.
 """
@@ -49,6 +50,28 @@ class Head(nn.Module):
         return self.out(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
 
 
+class SpanHead(nn.Module):
+    """(batch, tokens, width) and two spans each → (batch, outputs): the spans' vectors, dropout, a linear layer.
+
+    A span's vector is the mean of its tokens' states h weighted by the softmax of w·h + b within it. This is jiant's
+    `SpanComparisonHead` with AllenNLP's `SelfAttentiveSpanExtractor` (Lee et al. 2017, arXiv 1707.07045).
+    """
+
+    def __init__(self, width: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.attention = nn.Linear(width, 1)
+        self.out = nn.Linear(2 * width, outputs)
+
+    def forward(self, states: Tensor, spans: Tensor) -> Tensor:
+        """The outputs; `spans` (batch, 2, 2) holds first token and last + 1."""
+        places = torch.arange(states.shape[1], device=states.device)
+        inside = (places >= spans[..., :1]) & (places < spans[..., 1:])
+        weights = self.attention(states).squeeze(-1)[:, None].expand(inside.shape)
+        weights = weights.masked_fill(~inside, -torch.inf).softmax(-1)
+        return self.out(self.dropout((weights @ states).flatten(1)))
+
+
 class Bed(nn.Module):
     """`body`, a pretrained model; called with a batch, it returns what the metric reads and the mean loss.
 
@@ -74,7 +97,7 @@ class Bed(nn.Module):
 
 
 class Classifier(Bed):
-    """An encoder and `head`: logits (batch, classes), or (batch, 1) of a regression.
+    """An encoder and `head`: logits (batch, classes), (batch, choices), or (batch, 1) of a regression.
 
     Args:
         pooling: "first" or "mean": what of the tokens' last hidden states is the vector of a text.
@@ -86,23 +109,42 @@ class Classifier(Bed):
             raise ValueError(f"pooling must be 'first' or 'mean'; got {pooling!r}.")
         config: Any = body.config
         self.regression, self.pooling = task.regression, pooling
-        self.head = Head(config.hidden_size, task.num_labels, getattr(config, "hidden_dropout_prob", 0.1))
+        kind = SpanHead if "spans" in task.train[0] else Head
+        self.head = kind(config.hidden_size, task.num_labels, getattr(config, "hidden_dropout_prob", 0.1))
         for name, parameter in self.head.named_parameters():
             nn.init.zeros_(parameter) if name.endswith("bias") else nn.init.normal_(parameter, std=INIT_STD)
 
     def of(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **tokens: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        spans: Tensor | None = None,
+        **tokens: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits and the mean loss."""
-        states = self.body(input_ids=input_ids, attention_mask=attention_mask, **tokens).last_hidden_state
-        weights = attention_mask[..., None].to(states.dtype)
-        vector = states[:, 0] if self.pooling == "first" else (states * weights).sum(1) / weights.sum(1)
-        logits = self.head(vector).float()
+        # the choices of all rows one below the other
+        columns = {"input_ids": input_ids, "attention_mask": attention_mask, **tokens}
+        texts = {name: column.flatten(0, -2) for name, column in columns.items()}
+        states = self.body(**texts).last_hidden_state
+        if spans is not None:
+            logits = self.head(states, spans).float()
+        else:
+            logits = self.head(self.vector(states, texts["attention_mask"])).float()
+        if input_ids.ndim == 3:
+            logits = logits.view(input_ids.shape[:2])
         if labels is None:
             return logits, None
         if self.regression:
             return logits, nn.functional.mse_loss(logits.squeeze(-1), labels.float())
         return logits, nn.functional.cross_entropy(logits, labels)
+
+    def vector(self, states: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of each text, (texts, width)."""
+        if self.pooling == "first":
+            return states[:, 0]
+        weights = attention_mask[..., None].to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
 
 
 class LanguageModel(Bed):

@@ -1,4 +1,4 @@
-"""Texts with a class or a number, from a folder, the Hub or Python itself, as token numbers, and their metric."""
+"""The paper's tasks and the examples' word order, as token numbers, and their metrics."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import tasks as known
+from benchmarks.rig.special import SPECIAL, read
 
 Row = dict[str, Any]
 
@@ -19,7 +20,7 @@ SPLIT_SEED, VALIDATION_SHARE = 0, 0.1
 ORDER = "order"
 # Sentences of the word-order task to train on, and those kept back: half to choose settings on, half to measure on.
 TRAIN_SENTENCES, HELD_OUT_SENTENCES = 720, 480
-TASKS = (*known.KNOWN, ORDER)
+TASKS = (*known.KNOWN, *SPECIAL, ORDER)
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class Data:
     """Rows to learn from, to choose settings on, and to measure on.
 
     Attributes:
-        num_labels: classes; 1 for a regression, 0 for a language model, which has no head.
+        num_labels: outputs of the head: classes; 1 for a regression or a choice; 0 for a language model.
         metric: (outputs, labels) → scores by name, the headline first; larger is better.
-        train, val, test: rows of `input_ids`, the tokenizer's other columns, and `labels`.
+        train, val, test: rows of `input_ids`, the tokenizer's other columns, and `labels`; those of a choice hold one
+            list for each in a column, and those that compare two spans of a text have `spans`.
         measured: on how many of the training rows the metric is measured, the same for all runs on the same rows.
     """
 
@@ -54,6 +56,11 @@ def load(name: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length:
     """
     if name not in TASKS:
         raise ValueError(f"Expected a task of {list(TASKS)}, got {name!r}: choose one of these.")
+    if name in SPECIAL:
+        rows, special = read(name, source), SPECIAL[name]
+        encoded = {split: [special.encode(row, tokenizer, max_length) for row in of] for split, of in rows.items()}
+        train, val = (encoded["train"], encoded["val"]) if "val" in encoded else hold_out(encoded["train"])
+        return Data(special.outputs, False, known.accuracy, train, val, encoded["test"])
     if name == ORDER:
         texts = known.embedded_task(train_sentences=TRAIN_SENTENCES, validation_sentences=HELD_OUT_SENTENCES)
     else:

@@ -60,6 +60,14 @@ def row(task: str, rng: random.Random, number: int) -> dict[str, Any]:
 
     if task == "cola":
         return {"text": text(), "label": str(number % 2)}
+    if task == "copa":
+        question = rng.choice(["cause", "effect"])
+        return {"premise": text(), "question": question, "choice1": text(), "choice2": text(), "label": number % 2}
+    if task == "wsc":
+        words = text().split()
+        target = {"span1_index": 1, "span1_text": " ".join(words[1:3]), "span2_index": 3, "span2_text": words[3]}
+        words[0], words[2] = f"{words[0]}.", f"{words[2]}."  # words of more than one token, before and in a span
+        return {"text": " ".join(words), "target": target, "label": number % 2 == 0}
     if task == "cb":
         label = ["entailment", "contradiction", "neutral"][number % 3]
         return {"premise": text(), "hypothesis": text(), "label": label}
@@ -70,7 +78,7 @@ def row(task: str, rng: random.Random, number: int) -> dict[str, Any]:
 
 
 def write_tasks(folder: Path) -> str:
-    """Five tasks: 20 rows to train on, 6 and 7 to validate and test."""
+    """The paper's seven tasks: 20 rows to train on, 6 and 7 to validate and test."""
     for task in HUB:
         rng = random.Random(task)
         (folder / task).mkdir(parents=True)
@@ -91,6 +99,8 @@ HUB: dict[str, tuple[tuple[str, str], dict[str, str], list[str]]] = {
         ["entailment", "not_entailment"],
     ),
     "cb": (("aps/super_glue", "cb"), {}, ["entailment", "contradiction", "neutral"]),
+    "copa": (("aps/super_glue", "copa"), {}, ["choice1", "choice2"]),
+    "wsc": (("aps/super_glue", "wsc.fixed"), {}, ["False", "True"]),
 }
 
 
@@ -105,7 +115,8 @@ def hub_splits(task: str, folder: str) -> DatasetDict:
             label = row.pop("label")
             if classes:
                 label = classes.index(label) if label in classes else int(label)
-            found.append({**{columns.get(k, k): v for k, v in row.items()}, "idx": number, "label": label})
+            flat = {**row.pop("target", {}), **row}
+            found.append({**{columns.get(k, k): v for k, v in flat.items()}, "idx": number, "label": label})
         return found
 
     splits = {"train": convert("train") + convert("val"), "validation": convert("test")}

@@ -43,8 +43,8 @@ def test_a_folder_without_validation_rows_and_a_task_that_is_none_are_told(
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     with pytest.raises(FileNotFoundError, match=r"val\.jsonl"):
         load("rte", str(tmp_path), tokenizer, 128)
-    with pytest.raises(ValueError, match="got 'copa'"):
-        load("copa", data, tokenizer, 128)
+    with pytest.raises(ValueError, match="got 'boolq'"):
+        load("boolq", data, tokenizer, 128)
 
 
 def test_a_sentence_and_its_scrambled_twin_are_in_the_same_split_of_the_word_order(data: str, tiny: str) -> None:
