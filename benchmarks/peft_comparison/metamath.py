@@ -1,21 +1,12 @@
-"""A SAM adapter in PEFT's comparison on MetaMathQA: its own `run.py`, with a selection after the adapter is made.
+"""A SAM adapter in PEFT's comparison on MetaMathQA: a selection after the adapter is made.
 
-    cd benchmarks/peft_comparison
-    python metamath.py PEFT/method_comparison/MetaMathQA experiments/sam_sparse/llama-3.2-3B-density-0.003 -v
-
-PEFT is a checkout of its repository. All that follows the experiment's path goes to `run.py`, which trains, evaluates
-and writes its results where it always does. Before it starts, `get_model` runs select_parameters on the benchmark's own
-training rows, in its batches, with its labels; the time that takes is in the total time of the results and not in the
-training time. Experiments of other methods, and scores that need no data, run as without this file.
+`get_model` runs select_parameters on the benchmark's own training rows, in its batches, with its labels.
 """
 
 from __future__ import annotations
 
-import argparse
-import runpy
-import sys
+import importlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,22 +66,7 @@ def selecting(
     return get_model_and_select
 
 
-def main() -> None:
-    """Run an experiment of the harness."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("harness", type=Path, help="the folder method_comparison/MetaMathQA of PEFT's repository")
-    parser.add_argument("experiment", help="the experiment's path: experiments/<method>/<name>")
-    parser.add_argument("--selection-batches", type=int, default=500, help="batches that the selection sees")
-    args, others = parser.parse_known_args()
-    sys.path.insert(0, str(args.harness.resolve()))
-    import data
-    import utils
-
-    settings = utils.get_train_config(str(Path(args.experiment) / utils.FILE_NAME_TRAIN_PARAMS))
-    utils.get_model = selecting(utils.get_model, utils, data, settings, args.selection_batches)
-    sys.argv = ["run.py", args.experiment, *others]
-    runpy.run_path(str(args.harness / "run.py"), run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()
+def install(settings: Any, max_batches: int) -> None:
+    """Let the benchmark's `run.py` select."""
+    utils, data = importlib.import_module("utils"), importlib.import_module("data")
+    utils.get_model = selecting(utils.get_model, utils, data, settings, max_batches)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-import os
+import json
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import peft.utils
 import pytest
 import torch
 from datasets import Dataset
@@ -22,13 +18,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.peft_comparison.__main__ import main
 from benchmarks.peft_comparison.metamath import Batches, selecting
 from peft_sam import SamConfig
 from peft_sam.layers.found import deltas_of
+from tests.benchmarks.harness import experiments, modules_of, needs_harness
 from tests.shared.reference import largest, mean_loss_gradients
 
-EXPERIMENTS = sorted((Path(__file__).parents[2] / "benchmarks/peft_comparison/experiments").glob("*/*"))
-HARNESS = os.environ.get("PEFT_METHOD_COMPARISON") or None
+EXPERIMENTS = experiments("llama")
 WORDS = ["<end>", "?", *(f"w{i}" for i in range(30))]
 
 
@@ -110,23 +107,42 @@ def test_what_needs_no_data_runs_as_without(config: Any) -> None:
     assert isinstance(model, torch.nn.Module)
 
 
+@pytest.mark.parametrize(("task", "makes"), [("MetaMathQA", "get_model"), ("image-gen", "get_pipeline")])
+def test_run_py_gets_its_own_arguments_and_a_function_that_selects(
+    task: str, makes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness, found = tmp_path / task, tmp_path / "found.json"
+    harness.mkdir()
+    (harness / "utils.py").write_text(
+        f"FILE_NAME_TRAIN_PARAMS = 'training_params.json'\nget_train_config = str\n{makes} = print\n"
+    )
+    (harness / "data.py").touch()
+    (harness / "run.py").write_text(
+        "import json, sys, utils\nif __name__ == '__main__':\n"
+        f"    with open({str(found)!r}, 'w') as file:\n"
+        f"        json.dump([sys.argv, utils.{makes}.__name__], file)\n"
+    )
+    experiment = f"experiments/sam_sparse/{EXPERIMENTS[0].name}"
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "argv", ["", str(harness), experiment, "--selection-batches", "3", "-v"])
+    monkeypatch.chdir(tmp_path)
+    try:
+        main()
+    finally:
+        for name in ("utils", "data", "run"):
+            sys.modules.pop(name, None)
+    assert json.loads(found.read_text()) == [[str(harness / "run.py"), experiment, "-v"], f"{makes}_and_select"]
+
+
 @pytest.fixture
 def harness(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
-    """The harness's modules `utils` and `data`, on the CPU, which they refuse by themselves."""
-    assert HARNESS is not None
-    monkeypatch.syspath_prepend(HARNESS)
-    monkeypatch.setattr(peft.utils, "infer_device", lambda: "cuda")
-    state = np.random.get_state()
-    modules = {name: importlib.import_module(name) for name in ("utils", "data")}
-    modules["utils"].device = "cpu"  # type: ignore[attr-defined]
-    yield modules["utils"], modules["data"]
-    np.random.set_state(state)
-    for name in modules:
-        del sys.modules[name]
+    """The harness's modules `utils` and `data`."""
+    with modules_of("MetaMathQA", ("utils", "data"), monkeypatch) as found:
+        yield found["utils"], found["data"]
 
 
 @pytest.mark.extra
-@pytest.mark.skipif(HARNESS is None, reason="PEFT_METHOD_COMPARISON names no checkout of PEFT's method_comparison")
+@needs_harness
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
 def test_the_harness_s_own_functions_make_select_train_and_save(
     folder: Path, harness: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,9 +188,6 @@ def test_the_harness_s_own_functions_make_select_train_and_save(
         optimizer.step()
         scheduler.step()
     assert any(bool(delta.values.any()) for delta in deltas.values())
-    if sys.version_info < (3, 12):  # the harness's option `delete` is newer
-        plain = tempfile.TemporaryDirectory
-        monkeypatch.setattr(tempfile, "TemporaryDirectory", lambda **_: plain())
     size = utils.get_file_size(model, peft_config=config, clean=True, print_fn=print)
     entries = sum(len(delta.values) for delta in deltas.values())
     assert entries * 5 < size < 99999999
