@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-VOCABULARY, LENGTH, IMAGE, PATCH = 64, 6, 16, 8
+from .sizes import BESIDE, IMAGE, LARGEST, LENGTH, OPEN, SIZES, VOCABULARY
+
 # the auto class's table → what its models are called with
 TABLES = {
     "SEQUENCE_CLASSIFICATION": "text",
@@ -26,33 +28,6 @@ TABLES = {
     "CTC": "audio",
     "SPEECH_SEQ_2_SEQ": "audio",
 }
-WIDTHS = ("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size", "encoder_hidden_dim")
-SIZES: dict[str, Any] = {
-    **dict.fromkeys(WIDTHS, 32),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"), 2),
-    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "depth", "n_decoder_layers"), 1),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "encoder_attention_heads"), 2),
-    **dict.fromkeys(("decoder_attention_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim"), 48),
-    **dict.fromkeys(("d_inner", "n_inner", "moe_intermediate_size", "shared_expert_intermediate_size"), 48),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), 2),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions"), 64),
-    **{"vocab_size": VOCABULARY, "d_kv": 16, "head_dim": 16, "kv_channels": 16, "attention_head_size": 16},
-    **{"n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8},
-    **{"qk_nope_head_dim": 8, "v_head_dim": 16, "first_k_dense_replace": 1, "n_shared_experts": 1},
-    **{"image_size": IMAGE, "patch_size": PATCH, "num_mel_bins": 16, "max_source_positions": 32, "state_size": 4},
-    **{"conv_dim": [16, 16], "conv_stride": [4, 4], "conv_kernel": [8, 4], "num_feat_extract_layers": 2},
-    **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "num_codevector_groups": 2},
-    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "q_rank": 8},
-    **dict.fromkeys(("pad_token_id", "bos_token_id", "decoder_start_token_id", "cls_token_id"), 0),
-    **dict.fromkeys(("eos_token_id", "sep_token_id"), 1),
-    **dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "dropout"), 0.0),
-    **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout", "activation_dropout"), 0.0),
-    **dict.fromkeys(("dropout_rate", "layerdrop", "encoder_layerdrop", "decoder_layerdrop", "drop_path_rate"), 0.0),
-    **dict.fromkeys(("mask_time_prob", "mask_feature_prob", "feat_proj_dropout", "final_dropout"), 0.0),
-}
-LARGEST = 3_000_000
 
 
 class NotBuiltError(Exception):
@@ -70,29 +45,39 @@ def classes() -> list[tuple[str, str]]:
 
 
 def small_config(kind: type, depth: int = 0) -> Any:
-    """A config with small numbers where the class has them, and small configs inside."""
-    plain = kind()
-    given = {key: SIZES[key] for key in plain.to_dict() if key in SIZES}
-    for key in ("conv_dim", "conv_stride", "conv_kernel"):
-        if key in given and not isinstance(getattr(plain, key), (list, tuple)):
-            del given[key]
-    given = {key: value for key, value in given.items() if getattr(plain, key, None) is not None or "token_id" in key}
+    """A config with small numbers where the class has them, and small configs inside; it lies in `depth` others."""
+    plain, beside = kind(), BESIDE.get(getattr(kind, "model_type", ""), {})
+    given = fitted_fields(plain.to_dict(), beside.get("num_hidden_layers", SIZES["num_hidden_layers"])) | beside
     for key, inner in (getattr(kind, "sub_configs", None) or {}).items():
         held = getattr(plain, key, None)
-        if held is not None and depth < 3 and inner is not transformers.AutoConfig:
-            given[key] = small_config(inner, depth + 1)
-        elif held is not None and depth < 3:
-            given[key] = small_config(type(held), depth + 1)
-    layers = given.get("num_hidden_layers", 2)
-    for key, value in plain.to_dict().items():  # one per layer
-        long = isinstance(value, list) and key.endswith(("layer_types", "layers_block_type", "mlp_layer_types"))
-        if long and key not in given:
-            given[key] = (list(dict.fromkeys(value)) * layers)[:layers]
+        if held is not None and depth < 3:
+            given[key] = small_config(type(held) if inner is transformers.AutoConfig else inner, depth + 1)
     try:
         return kind(**given)
     except Exception:
-        own = {key: value for key, value in given.items() if not key.endswith("token_id")}
-        return kind(**own)
+        return kind(**{key: value for key, value in given.items() if not key.endswith("token_id")})
+
+
+def fitted_fields(fields: dict[str, Any], layers: int) -> dict[str, Any]:
+    """The fields that have small numbers, and the lists with an entry for each layer, of so many layers."""
+    given = {}
+    for key, value in fields.items():
+        if isinstance(value, list) and (len(value) == fields.get("num_hidden_layers") or key.endswith("layer_types")):
+            value = given[key] = [*{repr(entry): entry for entry in value}.values(), *value][:layers]
+        if key in SIZES and (value is not None or key in OPEN or key.endswith("token_id")):
+            given[key] = fitted(SIZES[key], value)
+        elif key == "rope_parameters" and value:
+            given[key] = value | fitted_fields(value, layers)
+    return given
+
+
+def fitted(size: Any, like: Any) -> Any:
+    """A small number in the form that the class has: as many of them, whole where it has whole ones."""
+    if isinstance(like, (list, tuple)) and not isinstance(size, list):
+        return type(like)(fitted(size, part) for part in like)
+    if isinstance(size, list) and not isinstance(like, (list, tuple)):
+        return like
+    return int(size) if isinstance(like, int) else size
 
 
 def small_model(name: str) -> nn.Module:
@@ -127,32 +112,78 @@ def small_model(name: str) -> nn.Module:
 def small_inputs(model: Any, kind: str) -> dict[str, Tensor]:
     """What it can be called with: two samples."""
     torch.manual_seed(1)
-    takes = inspect.signature(model.forward).parameters
-    config = model.config
-    text = torch.randint(3, VOCABULARY - 2, (2, LENGTH))
+    takes, name, config = inspect.signature(model.forward).parameters, type(model).__name__, model.config
+    main = MAIN[kind] if MAIN[kind] in takes and model.main_input_name not in MAKERS else model.main_input_name
+    names = next((names for word, names in CALLED_WITH.items() if word in name), (main,))
+    if "decoder_input_ids" in takes and config.is_encoder_decoder:
+        names = (*names, "decoder_input_ids")
+    for argument in names:
+        if argument not in MAKERS:
+            raise NotBuiltError(f"no input known for {argument!r}")
+    return {argument: MAKERS[argument](config, name) for argument in names}
+
+
+def asked(config: Any, *names: str, default: Any) -> Any:
+    """What a config, or one inside it, says under the first of some names that it knows."""
+    inner = [value for value in vars(config).values() if isinstance(value, transformers.PreTrainedConfig)]
+    for name in names:
+        for holder in (config, *inner):
+            if isinstance(getattr(holder, name, None), (int, list, tuple)):
+                return getattr(holder, name)
+    return default
+
+
+def _text(config: Any, name: str) -> Tensor:
+    books = asked(config, "num_codebooks", default=1) if "Musicgen" in name else 1
+    text = torch.randint(3, VOCABULARY - 2, (2 * books, LENGTH))
     text[:, -1] = 1  # the end of the text, which some heads look for
-    named: dict[str, Tensor] = {}
-    main = model.main_input_name
-    if main == "pixel_values" or (kind == "vision" and "pixel_values" in takes):
-        channels = getattr(config, "num_channels", 3)
-        size = getattr(config, "image_size", IMAGE)
-        sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        frames = (getattr(config, "num_frames", 4),) if "VideoClassification" in type(model).__name__ else ()
-        named["pixel_values"] = torch.randn(2, *frames, channels, *sides)
-    elif main == "input_features" or (kind == "audio" and "input_features" in takes):
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "feature_size", 16)
-        length = 2 * getattr(config, "max_source_positions", 16)
-        shape = (2, bins, length) if "Whisper" in type(model).__name__ else (2, length, bins)
-        named["input_features"] = torch.randn(*shape)
-    elif main == "input_values" or (kind == "audio" and "input_values" in takes):
-        named["input_values"] = torch.randn(2, 400)
-    elif "input_ids" in takes:
-        named["input_ids"] = text
-    else:
-        raise NotBuiltError(f"no input known for {main!r}")
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
-        named["decoder_input_ids"] = text
-    return named
+    return text
+
+
+def _boxes(config: Any, name: str) -> Tensor:
+    corners = torch.randint(0, 8, (2, LENGTH, 2))
+    boxes = torch.cat([corners, corners + 4], dim=-1)
+    return boxes / 16 if "Bros" in name or "Udop" in name else boxes
+
+
+def _image(config: Any, name: str) -> Tensor:
+    size = asked(config, "image_size", "input_size", "crop_size", default=IMAGE)
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    frames = (asked(config, "num_frames", "frames_per_clip", default=4),) if "VideoClassification" in name else ()
+    return torch.randn(2, *frames, asked(config, "num_channels", "in_chans", default=3), *sides)
+
+
+def _features(config: Any, name: str) -> Tensor:
+    bins = asked(config, *BINS, default=16)
+    length = 2 * asked(config, "max_source_positions", default=16)
+    return torch.randn(2, bins, length) if "Whisper" in name else torch.randn(2, length, bins)
+
+
+def _sound(config: Any, name: str) -> Tensor:
+    if name.startswith("AST"):
+        return torch.randn(2, config.max_length, config.num_mel_bins)
+    return torch.randn(2, 1600)
+
+
+BINS = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins")
+MAIN = {"text": "input_ids", "vision": "pixel_values", "audio": "input_features"}
+MAKERS: dict[str, Callable[[Any, str], Tensor]] = {
+    "input_ids": _text,
+    "decoder_input_ids": _text,
+    "bbox": _boxes,
+    "pixel_values": _image,
+    "pixel_values_videos": _image,
+    "input_features": _features,
+    "input_values": _sound,
+}
+# a word of the class's name → what it is called with, where that is not its main input alone
+CALLED_WITH = {
+    "Bros": ("input_ids", "bbox"),
+    "Udop": ("input_ids", "bbox"),
+    "BlipFor": ("pixel_values", "input_ids"),
+    "ShieldGemma2": ("input_ids",),
+    "SpeechEncoderDecoder": ("input_values",),
+}
 
 
 def first_output(found: Any) -> Tensor:
