@@ -142,7 +142,9 @@ def _why_none(config: SamConfig, wanted: Any, answers: Collection[Any]) -> str:
             "`modules_to_save` configuration."
         )
     if not any(excluded) and not any(answers) and not wanted:
-        return "No `target_modules` passed but also no `target_parameters` found. Please check these arguments."
+        what = "No `target_modules` passed but also no `target_parameters` found. Please check these arguments."
+        default = " The default are linear layers, and none is left: name modules, or pass target_modules='all'."
+        return what if wanted is not None else what + default
     if not any(excluded) and not any(answers):
         what = f"Target modules {wanted} not found in the base model. Please check the target modules and try again."
     else:

@@ -112,6 +112,15 @@ def test_where_nothing_matches_peft_s_words_say_so_and_what_could_be_targeted(op
     assert all(p.requires_grad for p in base.parameters())
 
 
+def test_a_model_without_linear_layers_is_told_that_they_are_the_default_and_what_to_pass() -> None:
+    base = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    with pytest.raises(
+        NoMatchingPeftModuleError, match=r"No `target_modules` passed.*default are linear layers.*'all'.*Conv2d: 0"
+    ):
+        candidates(base)
+    assert modules(candidates(base, target_modules="all")) == {"0", "1"}
+
+
 def test_names_of_other_models_beside_those_that_match_are_passed_over() -> None:
     many = ["q_proj", "query", "v_proj", "value", "query_key_value", "c_attn", "out_proj", "gate_up_proj"]
     assert modules(candidates(bert(), target_modules=many)) == modules(
