@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.owned import is_bare, is_plain, packed_weight
+from peft_sam.layers.owned import is_bare, is_changed, is_plain, packed_weight
 from peft_sam.layers.substitute import is_written_down
 from peft_sam.sparse.costs import costs_of
 from peft_sam.sparse.delta import SparseDelta
@@ -63,29 +63,29 @@ class SamLinear(SamLayer):
             or self._disable_adapters
         ):
             return None
-        x, base = args[0], mine["_modules"]["base_layer"]
-        held = mine["_modules"]["sam_sparse_delta"]._modules.get(active[0])
-        changed = {} if held is None else held._modules
-        delta, weight = changed.get("weight"), base._parameters.get("weight")
-        costs = costs_of(x.device)
+        x, modules = args[0], mine["_modules"]
+        base, held = modules["base_layer"], modules["sam_sparse_delta"]._modules.get(active[0])
+        weight, costs = base._parameters.get("weight"), costs_of(x.device)
         if (
-            delta is None
-            or len(changed) > 1
+            held is None
             or costs.few_tokens is None
             or x.numel() > costs.few_tokens * x.shape[-1]
-            or delta.pending
-            or not is_plain(weight)
+            or type(weight) is not nn.Parameter
+            or weight.device != x.device
             or weight.numel() < costs.large
-            or not weight.dtype == x.dtype == delta._parameters["values"].dtype
-            or torch.is_autocast_enabled(x.device.type)
-            or not is_bare(base)
+            or weight.requires_grad
+            or is_changed(base)
         ):
             return None
-        csr = csr_of(delta)
-        if csr is None:
+        delta = held._modules.get("weight")
+        csr = None if delta is None or len(held._modules) != 1 or delta.pending else csr_of(delta)
+        if csr is None or not weight.dtype is x.dtype is csr.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        y = F.linear(x, weight, base._parameters.get("bias"))
-        add_csr(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), csr)
+        y = F.linear(x, weight, base._parameters["bias"])
+        if x.numel() == x.shape[-1]:
+            y.view(-1).addmv_(csr, x.reshape(-1))
+        else:
+            add_csr(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), csr)
         return y
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:

@@ -126,11 +126,16 @@ def head_of(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:
 
 def is_bare(module: nn.Module) -> bool:
     """Whether calling `module` does no more than its class's forward with a frozen weight: no hooks, no patches."""
-    return not (
-        module.weight.requires_grad
-        or "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+    return not (module.weight.requires_grad or is_changed(module))
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its class's forward: hooks, or a patch."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )
