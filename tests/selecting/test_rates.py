@@ -23,36 +23,41 @@ def trainer_with(rate: float, optim: str = "adamw_torch", optimizer: Any = None,
 
 
 FAR = [
-    ("sam", 5e-5, "learning_rate=5e-05 is far from .*: 0.001 to 0.003 with score 'sam'"),
-    ("sam", 2e-4, "learning_rate=0.0002 is far"),
-    ("sam", 3e-2, "learning_rate=0.03 is far"),
-    ("movement", 2e-4, ": 0.003 with score 'movement'"),
-    ("random", 2e-4, ": 0.003 to 0.03 with score 'random'"),
+    ("sam", 0.005, 5e-5, "learning_rate=5e-05 is far from .*: 0.001 to 0.003 with score 'sam' at a density of 0.005"),
+    ("sam", 0.005, 2e-4, "learning_rate=0.0002 is far"),
+    ("sam", 0.005, 3e-2, "learning_rate=0.03 is far"),
+    ("sam", 0.1, 3e-3, ": 0.0003 with score 'sam' at a density of 0.1"),
+    ("movement", 0.005, 2e-4, ": 0.003 with score 'movement'"),
+    ("random", 0.005, 2e-4, ": 0.003 to 0.03 with score 'random'"),
 ]
 
 
-@pytest.mark.parametrize(("score", "rate", "message"), FAR)
-def test_the_default_of_the_trainer_and_the_habit_of_lora_are_far(score: str, rate: float, message: str) -> None:
+@pytest.mark.parametrize(("score", "density", "rate", "message"), FAR)
+def test_the_default_of_the_trainer_and_the_habit_of_lora_are_far(
+    score: str, density: float, rate: float, message: str
+) -> None:
     with pytest.warns(RateWarning, match=message) as caught:
-        warn_of_rate(trainer_with(rate), score)
+        warn_of_rate(trainer_with(rate), score, density)
     assert "\n" not in str(caught[0].message)
 
 
 NEAR = [
-    *((trainer_with(rate), score) for score, rates in KNOWN.items() for rate in rates),
-    (trainer_with(3e-4), "sam"),
-    (trainer_with(5e-5), "magnitude"),
-    (trainer_with(5e-5, optim="sgd"), "sam"),
-    (trainer_with(5e-5, optimizer=object()), "sam"),
-    (trainer_with(1e-6, beta=0.0), "sam"),
+    *((trainer_with(rate), score, most) for score, rows in KNOWN.items() for most, *rates in rows for rate in rates),
+    (trainer_with(3e-4), "sam", 0.005),
+    (trainer_with(2e-4), "sam", 0.1),
+    (trainer_with(5e-5), "sam", 0.5),
+    (trainer_with(5e-5), "magnitude", 0.005),
+    (trainer_with(5e-5, optim="sgd"), "sam", 0.005),
+    (trainer_with(5e-5, optimizer=object()), "sam", 0.005),
+    (trainer_with(1e-6, beta=0.0), "sam", 0.005),
 ]
 
 
-@pytest.mark.parametrize(("trainer", "score"), NEAR)
-def test_nothing_is_said_of_near_rates_and_of_what_nothing_is_known(trainer: Any, score: str) -> None:
+@pytest.mark.parametrize(("trainer", "score", "density"), NEAR)
+def test_nothing_is_said_of_near_rates_and_of_what_nothing_is_known(trainer: Any, score: str, density: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_rate(trainer, score)
+        warn_of_rate(trainer, score, density)
 
 
 def test_a_selection_says_it_once_and_trains_all_the_same(tmp_path: Path) -> None:
