@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.rig.language import DOCS
+from benchmarks.rig.language import DOCS, PROMPTS
 from benchmarks.rig.tasks import ORDER
 
 # The seed of the grid of learning rates; results are of other seeds.
@@ -32,8 +32,8 @@ class Bed:
     rehearsal: int
 
 
-def _language(steps: int) -> Bed:
-    run = {"model": "smollm2", "task": DOCS, "steps": steps, "eval_every": steps, "batch": 4, "max_length": 64}
+def _language(steps: int, task: str = DOCS, batch: int = 4) -> Bed:
+    run = {"model": "smollm2", "task": task, "steps": steps, "eval_every": steps, "batch": batch, "max_length": 64}
     return Bed({**run, "warmup": 0.05, "schedule": "cosine"}, (2, 8), 0.002875, 16, 40)
 
 
@@ -47,6 +47,7 @@ BEDS = {
     "docs": _language(100),
     "docs-epoch": _language(315),
     "docs-three-epochs": _language(945),
+    **{task: _language(300, task, 8) for task in PROMPTS},
     "cola": _encoder("cola", 800),
     "stsb": _encoder("stsb", 800),
     "order": _encoder(ORDER, 270),

@@ -1,15 +1,18 @@
-"""Running text for a language model: Python's documentation to learn, and other English that is to be kept."""
+"""What a language model learns: Python's documentation, beside other English that is to be kept; a task as text."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
+from dataclasses import replace
 from pydoc_data.topics import topics
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.common import tasks as known
+from benchmarks.rig import tasks
 from benchmarks.rig.tasks import Data, Row
 
 DOCS = "docs"
@@ -56,3 +59,36 @@ def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int, kind: int
     ids = tokenizer(text, verbose=False)["input_ids"]
     starts = range(0, len(ids) - length + 1, length)
     return [{"input_ids": ids[at : at + length], "attention_mask": [1] * length, "labels": kind} for at in starts]
+
+
+class Prompt(NamedTuple):
+    """A task whose classes are the likelier of some words after a text."""
+
+    task: str
+    text: str
+    answers: tuple[str, ...]
+
+
+PROMPTS = {"cola-as-text": Prompt("cola", "{}\nIs this sentence good English? Answer:", (" No", " Yes"))}
+
+
+def ask(name: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
+    """The rows of a task as prompts, and the answers that its classes are.
+
+    Raises:
+        ValueError: if the tokenizer makes more than one token of an answer, or a prompt is too long.
+    """
+    prompt = PROMPTS[name]
+    answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in prompt.answers]
+    if any(len(answer) != 1 for answer in answers):
+        raise ValueError(f"Expected one token for each of {prompt.answers}, got {answers}: choose other words.")
+
+    def encode(texts: Iterable[str], **_: Any) -> Any:
+        found = tokenizer([prompt.text.format(text) for text in texts])
+        longest = max(map(len, found["input_ids"]))
+        if longest > max_length:
+            raise ValueError(f"a prompt has {longest} tokens: use a larger --max-length than {max_length}.")
+        return found
+
+    classes = tasks.load(prompt.task, source, encode, max_length)
+    return replace(classes, num_labels=0, answers=tuple(answer[0] for answer in answers))

@@ -157,6 +157,27 @@ class LanguageModel(Bed):
         return -losses, losses.mean()
 
 
+class Answering(Bed):
+    """A causal language model that answers a prompt with one of some tokens: their log-likelihoods, (batch, answers).
+
+    The loss is minus that of the right one, so that what is learnt is the answer and not the prompt.
+    """
+
+    def __init__(self, body: nn.Module, answers: tuple[int, ...], precision: str = "fp32") -> None:
+        super().__init__(body, precision)
+        self.answers = list(answers)
+
+    def of(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **rest: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-likelihoods after each prompt's last token, and the mean loss."""
+        last = attention_mask.sum(1) - 1
+        places, which = last.unique(return_inverse=True)  # logits are wide: those of these places alone
+        logits = self.body(input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=places).logits
+        found = logits[torch.arange(len(last), device=last.device), which].float().log_softmax(-1)[:, self.answers]
+        return found, None if labels is None else -found.gather(1, labels[:, None]).mean()
+
+
 def where_is(name: str) -> dict[str, str]:
     """What `from_pretrained` is told of a model; "minilm" and "smollm2" are those that come as Python packages."""
     if name == "minilm":
@@ -182,6 +203,8 @@ def data_of(task: str, source: str, model: str, max_length: int) -> Data:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**where_is(model))
     if task == language.DOCS:
         return language.load(source, tokenizer, max_length)
+    if task in language.PROMPTS:
+        return language.ask(task, source, tokenizer, max_length)
     return tasks.load(task, source, tokenizer, max_length)
 
 
@@ -207,7 +230,10 @@ def build(name: str, task: Data, pooling: str, seed: int, precision: str = "fp32
     causal = task.num_labels == 0
     body = copy.deepcopy(_pretrained(name, causal, eager))
     torch.manual_seed(seed)
-    model = LanguageModel(body, precision) if causal else Classifier(body, task, pooling, precision)
+    if causal:
+        model: Bed = Answering(body, task.answers, precision) if task.answers else LanguageModel(body, precision)
+    else:
+        model = Classifier(body, task, pooling, precision)
     for module in model.modules():
         if isinstance(module, nn.Dropout) and dropout is not None:
             module.p = dropout

@@ -7,22 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedTokenizerBase
-
 from benchmarks.common import tasks as known
 
 # What COPA asks, between the premise and the choices, as in jiant (github.com/nyu-mll/jiant).
 QUESTIONS = {"cause": "What was the cause of this?", "effect": "What happened as a result?"}
 
 
-def choices(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+def choices(row: Mapping[str, Any], tokenizer: Callable[..., Any], max_length: int) -> dict[str, Any]:
     """COPA's row: the tokenizer's columns hold one list for each choice, read after premise and question."""
     asked = f"{row['premise']} {QUESTIONS[row['question']]}"
     texts = [asked, asked], [row["choice1"], row["choice2"]]
     return {**tokenizer(*texts, truncation=True, max_length=max_length), "labels": int(row["label"])}
 
 
-def spans(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, Any]:
+def spans(row: Mapping[str, Any], tokenizer: Callable[..., Any], max_length: int) -> dict[str, Any]:
     """WSC's row, with `spans`: (first, last + 1) in tokens, twice; the source has them as numbers of words.
 
     Raises:
@@ -51,7 +49,7 @@ class Special(NamedTuple):
     """A row of the table: the Hub's name within SuperGLUE, how a row is encoded, and how many outputs a text has."""
 
     hub: str
-    encode: Callable[[Mapping[str, Any], PreTrainedTokenizerBase, int], dict[str, Any]]
+    encode: Callable[[Mapping[str, Any], Callable[..., Any], int], dict[str, Any]]
     outputs: int
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from benchmarks.common import tasks as known
 from benchmarks.rig.special import SPECIAL, read
 
@@ -32,6 +30,7 @@ class Data:
         metric: (outputs, labels) → scores by name, the headline first; larger is better.
         train, val, test: rows of `input_ids`, the tokenizer's other columns, and `labels`; those of a choice hold one
             list for each in a column, and those that compare two spans of a text have `spans`.
+        answers: token numbers of the classes' names, where a language model answers with one of them.
         measured: on how many of the training rows the metric is measured, the same for all runs on the same rows.
     """
 
@@ -41,10 +40,11 @@ class Data:
     train: list[Row]
     val: list[Row]
     test: list[Row]
+    answers: tuple[int, ...] = ()
     measured: int = 256
 
 
-def load(name: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
+def load(name: str, source: str, tokenizer: Callable[..., Any], max_length: int) -> Data:
     """The task `name`: from the folder `source`, or from the Hub where that is "hub"; cut to `max_length`, not padded.
 
     A folder has `<name>/train.jsonl`, `val.jsonl` and `test.jsonl`. Of the Hub's, the official validation split is

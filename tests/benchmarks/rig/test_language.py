@@ -45,6 +45,43 @@ def test_a_language_model_s_output_is_the_mean_log_likelihood_of_a_block_after_i
     assert "body.lm_head" not in linear
 
 
+def test_a_task_as_text_is_answered_by_the_likelier_token_after_the_prompt(
+    data: str, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    monkeypatch.setattr(language, "PROMPTS", {"told": language.Prompt("cola", "{} ok?", ("n", "y"))})
+    task = data_of("told", data, llama, 96)
+    assert task.answers == tuple(tokenizer.convert_tokens_to_ids(["n", "y"]))
+    model = build(llama, task, "first", 0).eval()
+    with torch.no_grad():
+        found = model(**collate(task.test, padding=0))
+        expected = [  # each prompt alone, without padding
+            model.body(input_ids=torch.tensor([row["input_ids"]])).logits[0, -1].log_softmax(-1)[list(task.answers)]
+            for row in task.test
+        ]
+    torch.testing.assert_close(found.logits, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    right = [row[number["labels"]] for row, number in zip(expected, task.test, strict=True)]
+    assert float(found.loss) == pytest.approx(-float(torch.stack(right).mean()), rel=1e-5)
+    assert set(task.metric(found.logits.numpy(), [row["labels"] for row in task.test])) == {"matthews", "accuracy"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "length", "word"),
+    [(("cola", "{}", ("no", "y")), 96, "one token for each"), (("cola", "{}", ("n", "y")), 4, "a larger --max-length")],
+)
+def test_answers_of_several_tokens_and_prompts_that_are_cut_off_are_told(
+    prompt: tuple[str, str, tuple[str, ...]],
+    length: int,
+    word: str,
+    data: str,
+    llama: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(language, "PROMPTS", {"told": language.Prompt(*prompt)})
+    with pytest.raises(ValueError, match=word):
+        language.ask("told", data, AutoTokenizer.from_pretrained(llama), length)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_language_model(tmp_path_factory.mktemp("model") / "llama")
