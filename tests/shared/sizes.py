@@ -70,7 +70,7 @@ BY_SIZE: list[tuple[Any, str]] = [
     ),
     (8, "kv_lora_rank q_lora_rank rotary_dim num_latents latent_channels patch_size q_rank"),
     ([2, 3, 3], "mrope_section"),
-    (6, "coordinate_size"),
+    (6, "coordinate_size canvas_length"),
     ([16, 16], "conv_dim"),
     ([4, 4], "conv_stride"),
     ([8, 4], "conv_kernel"),

@@ -181,6 +181,7 @@ CALLED_WITH = {
     "Bros": ("input_ids", "bbox"),
     "Udop": ("input_ids", "bbox"),
     "BlipFor": ("pixel_values", "input_ids"),
+    "DiffusionGemma": ("input_ids", "decoder_input_ids"),
     "ShieldGemma2": ("input_ids",),
     "SpeechEncoderDecoder": ("input_values",),
 }
