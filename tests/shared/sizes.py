@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 VOCABULARY, LENGTH, IMAGE, PATCH = 64, 6, 32, 8
-LARGEST = 40_000_000
+LARGEST, TINY = 40_000_000, 0.05
 # a small number → the fields that it is for
 BY_SIZE: list[tuple[Any, str]] = [
     (

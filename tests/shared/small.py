@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
-from .sizes import BESIDE, IMAGE, LARGEST, LENGTH, OPEN, SIZES, VOCABULARY
+from .sizes import BESIDE, IMAGE, LARGEST, LENGTH, OPEN, SIZES, TINY, VOCABULARY
 
 # the auto class's table → what its models are called with
 TABLES = {
@@ -81,7 +81,7 @@ def fitted(size: Any, like: Any) -> Any:
 
 
 def small_model(name: str) -> nn.Module:
-    """A model of a class, in eval mode, with all its dropouts off.
+    """A model of a class, in eval mode, with its dropouts off and weights large enough for a signal to come through.
 
     Raises:
         NotBuiltError: if it cannot be built from small numbers.
@@ -106,6 +106,11 @@ def small_model(name: str) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = float(parameter.std()) if parameter.ndim > 1 else 0.0
+            if 0 < spread < TINY:
+                parameter *= parameter[0].numel() ** -0.5 / spread
     return model.eval()
 
 
