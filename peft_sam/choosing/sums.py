@@ -263,7 +263,8 @@ def check_loss(loss: Tensor, number: int, depends_on: str = "candidate parameter
     if not loss.requires_grad:
         raise ValueError(
             f"the loss of batch {number} does not depend on the {depends_on}: it has no gradient. Check that "
-            "the loss is computed from the model's outputs and not detached."
+            "the loss is computed from the model's outputs and not detached, and that these parameters have a part in "
+            "them."
         )
 
 

@@ -227,7 +227,7 @@ def test_a_loss_that_does_not_reach_the_parameters_says_so() -> None:
     def detached(batch: Any) -> Loss:
         return Loss(F.cross_entropy(model(batch[0]).detach(), batch[1]), 1)
 
-    with pytest.raises(ValueError, match="does not depend on the candidate parameters"):
+    with pytest.raises(ValueError, match=r"does not depend on the candidate parameters.* have a part in them"):
         run(model, data(), loss=detached)
 
     def zero(batch: Any) -> Loss:

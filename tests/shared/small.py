@@ -100,9 +100,7 @@ def small_model(name: str) -> nn.Module:
     except NotBuiltError:
         raise
     except Exception as error:
-        raise NotBuiltError(
-            f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-        ) from error
+        raise NotBuiltError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -83,7 +83,7 @@ def examine(kind: str, name: str, targets: str | None) -> Found:
     except TimeoutError:
         raise
     except Exception as error:
-        return Found(kind, name, targets, "not built", f"{type(error).__name__}: {error}"[:120])
+        return Found(kind, name, targets, "not built", f"{type(error).__name__}: {error}"[:200])
     for parameter in base.parameters():
         parameter.grad = None
     generates = hasattr(base, "generate") and base.can_generate()
@@ -123,9 +123,9 @@ def _wrong(model: Any, base: nn.Module, inputs: dict[str, Tensor], bits: dict[st
                 return f"the gradient of {parameter} is not that of the merged model"
         with torch.no_grad():
             for parameter, delta in deltas.items():
-                step = delta.values.grad / largest * 0.01
+                started, step = delta.values.any(), delta.values.grad / largest * 0.01
                 delta.values -= step
-                if step.any() and not delta.values.any():
+                if step.any() and not started and not delta.values.any():
                     return f"{parameter} is not trained"
                 delta.values.grad = None
     with torch.no_grad():
