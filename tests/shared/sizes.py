@@ -13,7 +13,7 @@ BY_SIZE: list[tuple[Any, str]] = [
         (
             "hidden_size d_model n_embd dim emb_dim embed_dim embedding_size encoder_hidden_dim hidden_sizes "
             "embed_dims neck_hidden_sizes out_hidden_size text_hidden_size embedding_dim audio_hidden_size "
-            "hidden_size_global d_latents lru_width adapter_in_dim base_channels image_size "
+            "hidden_size_global d_latents lru_width base_channels image_size "
             "max_source_positions input_size crop_size "
         ),
     ),
@@ -26,7 +26,7 @@ BY_SIZE: list[tuple[Any, str]] = [
             "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads "
             "swa_num_key_value_heads num_self_attention_heads num_cross_attention_heads index_n_heads "
             "num_experts_per_tok moe_topk top_k_experts moe_k num_experts_per_token num_feat_extract_layers "
-            "num_conv_pos_embedding_groups num_codevector_groups "
+            "num_conv_pos_embedding_groups num_codevector_groups num_filters "
         ),
     ),
     (
@@ -100,6 +100,9 @@ BESIDE: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
     "t5": {"decoder_start_token_id": 0},
     "udop": {"decoder_start_token_id": 0},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "lilt": {"hidden_size": 48},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
