@@ -363,6 +363,37 @@ def test_state_that_a_module_keeps_in_attributes_is_the_module_s() -> None:
     assert counter.base_layer.calls == 100
 
 
+class KeepsItsTable(nn.Module):
+    """Computes a table of its parameter in evaluation once, until training mode: LeViT's way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.kept = nn.Parameter(torch.randn(8)), None
+
+    def train(self, mode: bool = True) -> KeepsItsTable:
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = 2 * self.bias if self.training or self.kept is None else self.kept
+        return x + self.kept
+
+
+def test_a_table_that_a_module_keeps_of_its_weights_in_evaluation_is_renewed_by_training_mode() -> None:
+    base, x = nn.Sequential(KeepsItsTable()), torch.randn(2, 8)
+    before = base.eval()(x)
+    config = SamConfig(target_modules="all", density=0.5, score="random", init_weights=False)
+    model = get_peft_model(copy.deepcopy(base.train()), config).eval()
+    expected = adapted_copy(base, model.base_model.sparse_deltas()).eval()(x)
+    assert torch.allclose(model(x), expected)
+    assert not torch.allclose(expected, before)
+    with model.disable_adapter():
+        model.train()
+        assert torch.equal(model.eval()(x), before)
+    model.train()
+    assert torch.allclose(model.eval()(x), expected)
+
+
 def test_a_weight_that_is_computed_is_computed_once_in_a_pass() -> None:
     model, base = adapted(next(use for use in USES if use.make is Parametrised), init_weights=True)
     model.train(), base.train()  # spectral norm makes a step of its power iteration whenever the weight is computed
