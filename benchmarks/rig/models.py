@@ -211,7 +211,8 @@ def data_of(task: str, source: str, model: str, max_length: int) -> Data:
 @functools.cache
 def _pretrained(name: str, causal: bool, eager: bool) -> Any:
     kind = AutoModelForCausalLM if causal else AutoModel
-    body = kind.from_pretrained(**where_is(name), attn_implementation="eager" if eager else None)
+    attention = "eager" if eager else None
+    body = kind.from_pretrained(**where_is(name), attn_implementation=attention, dtype=torch.float32)
     if getattr(body.config, "quantization_config", None) is not None:
         del body.hf_quantizer, body.config.quantization_config  # the weights of a GGUF file are float32 now
     if getattr(body, "pooler", None) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.common import tasks as known
 from benchmarks.rig.batches import collate
@@ -89,6 +89,15 @@ def test_of_two_spans_each_is_a_mean_of_its_tokens_weighted_by_attention(data: s
 def test_a_span_that_is_cut_off_is_told(data: str, tiny: str) -> None:
     with pytest.raises(ValueError, match="is cut off: use a larger --max-length"):
         data_of("wsc", data, tiny, 3)
+
+
+def test_a_model_that_lies_in_half_precision_is_trained_in_float32(data: str, tiny: str, tmp_path: Path) -> None:
+    AutoModel.from_pretrained(tiny).bfloat16().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path)
+    task = data_of("rte", data, str(tmp_path), 128)
+    model = build(str(tmp_path), task, "first", 0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model(**collate(task.test, padding=0)).loss.isfinite()
 
 
 @pytest.mark.parametrize("wrong", [{"pooling": "last"}, {"pooling": "mean", "precision": "fp16"}], ids=str)
