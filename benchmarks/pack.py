@@ -45,7 +45,8 @@ export PEFT_SAM_TEST_DEVICE="${PEFT_SAM_TEST_DEVICE:-cuda}"
 timeout "$((minutes * 20))" python3 -m pytest -q -n 8 -rf --tb=short -m 'not extra' \\
     tests/sparse/test_ops.py tests/layers/test_base.py tests/layers/test_linear.py tests/layers/test_embedding.py \\
     tests/choosing/test_threshold.py tests/choosing/test_gradients.py tests/selecting/test_select.py \\
-    tests/whole/test_training.py tests/layers/test_compile.py >"$results/tests.txt" 2>&1 || true
+    tests/files/test_checkpoint.py tests/whole/test_training.py tests/layers/test_compile.py \\
+    >"$results/tests.txt" 2>&1 || true
 tail -n 20 "$results/tests.txt"
 exec python3 benchmarks/device.py --minutes "$((minutes * 2 / 3))" --texts ../texts --out "$results/device.jsonl" \\
     "$@"

@@ -84,8 +84,9 @@ def measure(adapter: str, blocks: int) -> Iterator[dict[str, Any]]:
     for stored, options in STORED.items():
         start = time.perf_counter()
         bare = AutoModelForCausalLM.from_pretrained(base, **options)
-        found: dict[str, Any] = {"stored": stored, "base": loss(bare, tokens)}
-        model: Any = PeftModel.from_pretrained(bare, adapter)
+        model: Any = PeftModel.from_pretrained(bare, adapter)  # before bitsandbytes packs weights anew, for a CPU
+        with model.disable_adapter():
+            found: dict[str, Any] = {"stored": stored, "base": loss(model, tokens)}
         found["unmerged"] = loss(model, tokens)
         gain = found["base"] - found["unmerged"]
         report = rounding_report(model)

@@ -22,8 +22,14 @@ from peft_sam import PendingAdapterError, SamConfig, select_parameters
 from peft_sam.sparse.coding import code_length
 from tests.shared.cases import NETS, NetCase, bert, names
 
+pytestmark = pytest.mark.on_device
+
 FILE = "adapter_model.safetensors"
-BATCH = NETS[0].batch(3)
+
+
+def rows() -> dict[str, Tensor]:
+    torch.manual_seed(1)
+    return NETS[0].batch(3)
 
 
 def trained(case: NetCase = NETS[0], dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, nn.Module]:
@@ -41,9 +47,9 @@ def trained(case: NetCase = NETS[0], dtype: torch.dtype = torch.float32, **optio
     return model.eval(), untouched
 
 
-def logits(model: Any, batch: dict[str, Tensor] = BATCH) -> Tensor:
+def logits(model: Any, given: dict[str, Tensor] | None = None) -> Tensor:
     with torch.no_grad():
-        return model(**batch).logits
+        return model(**(given or rows())).logits
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
@@ -77,7 +83,7 @@ def test_an_auto_class_finds_the_base_model_and_the_adapter(tmp_path: Path) -> N
     bert().save_pretrained(tmp_path / "base")
     base = type(bert()).from_pretrained(tmp_path / "base")
     model = get_peft_model(base, SamConfig(task_type="SEQ_CLS", density=0.05))
-    select_parameters(model, [BATCH], progress=False)
+    select_parameters(model, [rows()], progress=False)
     model.save_pretrained(tmp_path / "adapter")
     loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model.eval()))
@@ -153,7 +159,7 @@ def test_a_config_of_a_saved_adapter_used_for_a_new_one_says_what_to_do(tmp_path
     model.save_pretrained(tmp_path)
     fresh = get_peft_model(base, PeftConfig.from_pretrained(tmp_path))
     with pytest.raises(ValueError, match=r"set config\.selection = None"):
-        select_parameters(fresh, [BATCH], progress=False)
+        select_parameters(fresh, [rows()], progress=False)
 
 
 def test_a_state_dict_replaces_the_support_of_a_selected_adapter() -> None:

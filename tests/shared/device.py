@@ -27,6 +27,9 @@ NOT_PRETENDED = {
     "any_memory_format": "torch.unravel_index makes a tensor where nobody sees it",
     "gradcheck": "autograd makes zeros where nobody sees them",
     "autocast": "autocast asks torch.cuda, too",
+    "_the_same_bits[BERT-True": "PEFT loads the head of a file to where torch.cuda says that there is a GPU",
+    "_the_same_bits[BERT, all modules-True": "PEFT does so, too",
+    "test_an_auto_class": "transformers does so, too",
 }
 
 # dtype → relative and absolute tolerance where they are others than on the CPU. A GPU's sums have another order in

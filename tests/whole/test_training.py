@@ -160,6 +160,8 @@ def assert_only_deltas_and_the_head_are_trained(folder: Path, **options: Any) ->
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_with_any_option_of_the_trainer_only_deltas_and_the_head_are_trained(option: str, tmp_path: Path) -> None:
+    if "bnb" in OPTIONS[option].get("optim", ""):
+        pytest.importorskip("bitsandbytes")
     assert_only_deltas_and_the_head_are_trained(tmp_path, **OPTIONS[option])
 
 
