@@ -34,6 +34,7 @@ def test_a_number_rounded_at_random_is_one_of_its_neighbours_and_right_in_the_me
 
 
 @pytest.mark.slow
+@pytest.mark.extra  # half a minute
 def test_each_way_of_storing_has_the_losses_of_base_unmerged_and_merged(llama: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     tokenizer, width = AutoTokenizer.from_pretrained(llama), {"hidden_size": 64, "intermediate_size": 64}  # for nf4

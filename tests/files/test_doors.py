@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, logging
 
 from peft_sam import SamConfig
 from peft_sam.layers.found import deltas_of
-from tests.files.test_checkpoint import BATCH, FILE
+from tests.files.test_checkpoint import FILE, rows
 from tests.files.test_untrusted import CODED_DAMAGES, assert_untouched, bits, damage_coded
 from tests.shared.cases import Sequential, bert, llama
 
@@ -108,7 +108,7 @@ def test_transformers_refuses_a_damaged_file_and_its_model_is_as_before(how: str
     assert not base._hf_peft_config_loaded
     model.save_pretrained(tmp_path)
     base.load_adapter(str(tmp_path))
-    assert torch.equal(base.eval()(**BATCH).logits, model.eval()(**BATCH).logits)
+    assert torch.equal(base.eval()(**rows()).logits, model.eval()(**rows()).logits)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # PEFT
@@ -119,7 +119,7 @@ def test_transformers_loads_several_adapters_and_takes_a_damaged_one_out_again(t
     one = copy.deepcopy(base).eval()
     one.save_pretrained(tmp_path)
     base.load_adapter(str(tmp_path), "second")
-    assert torch.equal(base.eval()(**BATCH).logits, one(**BATCH).logits)
+    assert torch.equal(base.eval()(**rows()).logits, one(**rows()).logits)
     state = load_file(tmp_path / FILE)
     save_file({key: tensor[:-1].clone() for key, tensor in state.items()}, tmp_path / FILE, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="support"):
@@ -182,7 +182,7 @@ def test_an_adapter_may_be_called_as_parts_of_names_are(name: str, tmp_path: Pat
     model = get_peft_model(copy.deepcopy(base), config, adapter_name=name).eval()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base, tmp_path / name, adapter_name=name).eval()
-    assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+    assert torch.equal(loaded(**rows()).logits, model(**rows()).logits)
 
 
 class Slashes(nn.Module):

@@ -7,6 +7,7 @@ the task SLOW take an hour. The real plan, locks, lines and processes, without t
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ def pretend(run: Pretended, log: Path, commands: int, slow: str) -> dict[str, An
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what starts the tests may ignore Ctrl-C
     folder, commands, slow = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     searches = runs.plan([Pretended("a"), Pretended("b")], seeds=[0, 1, 2], lrs=[0.1, 0.2], grid_seed=0)
     execute = partial(pretend, log=folder / "log", commands=commands, slow=slow)

@@ -164,7 +164,7 @@ def test_the_seconds_of_a_run_s_parts_add_up(run: Callable[..., Run], data: str)
         assert 0.5 * line[kind]["all"] < sum(parts.values()) <= line[kind]["all"]  # the rest lies between the parts
 
 
-@pytest.mark.parametrize("folder", ["paper"])
+@pytest.mark.parametrize("folder", ["paper", "recipe"])
 def test_the_lines_that_there_are_have_the_keys_of_their_configurations(folder: str) -> None:
     names = {field.name for field in fields(Run)}
     lines = read(RESULTS / folder)
