@@ -82,10 +82,7 @@ class SamLinear(SamLayer):
         if csr is None or not weight.dtype is x.dtype is csr.dtype or torch.is_autocast_enabled(x.device.type):
             return None
         y = F.linear(x, weight, base._parameters["bias"])
-        if x.numel() == x.shape[-1]:
-            y.view(-1).addmv_(csr, x.reshape(-1))
-        else:
-            add_csr(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), csr)
+        add_csr(y, x, csr)
         return y
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:

@@ -37,11 +37,11 @@ def add_sparse(y: Tensor, x: Tensor, plan: Plan, values: Tensor) -> None:
 
 
 def add_csr(y: Tensor, x: Tensor, delta: Tensor) -> None:
-    """Add x Δᵀ to y for a Δ in torch's compressed rows."""
-    if len(x) == 1:
-        y[0].addmv_(delta, x[0])
+    """Add x Δᵀ to y, both with any leading dimensions, for a Δ in torch's compressed rows."""
+    if x.numel() == x.shape[-1]:
+        y.view(-1).addmv_(delta, x.reshape(-1))
     else:
-        y.add_((delta @ x.t()).t())
+        y.view(-1, y.shape[-1]).add_((delta @ x.reshape(-1, x.shape[-1]).t()).t())
 
 
 def csr_of(delta: SparseDelta) -> Tensor | None:
