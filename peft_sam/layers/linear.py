@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.owned import is_bare, is_changed, is_plain, packed_weight
+from peft_sam.layers.few_tokens import product_of_few
+from peft_sam.layers.owned import is_bare, is_plain, packed_weight
 from peft_sam.layers.substitute import is_written_down
-from peft_sam.sparse.costs import costs_of
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.ops import sparse_linear
 from peft_sam.sparse.plan import plan_linear
-from peft_sam.sparse.products import add_csr, csr_of
 
 
 class SamLinear(SamLayer):
@@ -41,49 +39,8 @@ class SamLinear(SamLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with θ + Σ Δ over the active adapters; without Δ if merged or disabled."""
         slow = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-        y = None if slow else self._by_entries(args, kwargs)
+        y = None if slow else product_of_few(self, args, kwargs)
         return super().forward(*args, **kwargs) if y is None else y
-
-    def _by_entries(self, args: Any, kwargs: Any) -> Tensor | None:
-        """The output for a few tokens by the shortest way to it, since calls are most of what they cost.
-
-        None where it is not for this layer, its adapters or their input: there `SamLayer.forward` knows how. Everything
-        is looked up in the modules' own dicts, which takes a tenth of the time of their attributes.
-        """
-        mine, active = self.__dict__, self._active_adapter
-        if (
-            len(args) != 1
-            or kwargs
-            or len(active) != 1
-            or self.transposed
-            or mine["merged_adapters"]
-            or mine["_tied"]
-            or mine["scaling"]
-            or mine["sample_adapters"]
-            or self._disable_adapters
-        ):
-            return None
-        x, modules = args[0], mine["_modules"]
-        base, held = modules["base_layer"], modules["sam_sparse_delta"]._modules.get(active[0])
-        weight, costs = base._parameters.get("weight"), costs_of(x.device)
-        if (
-            held is None
-            or costs.few_tokens is None
-            or x.numel() > costs.few_tokens * x.shape[-1]
-            or type(weight) is not nn.Parameter
-            or weight.device != x.device
-            or weight.numel() < costs.large
-            or weight.requires_grad
-            or is_changed(base)
-        ):
-            return None
-        delta = held._modules.get("weight")
-        csr = None if delta is None or len(held._modules) != 1 or delta.pending else csr_of(delta)
-        if csr is None or not weight.dtype is x.dtype is csr.dtype or torch.is_autocast_enabled(x.device.type):
-            return None
-        y = F.linear(x, weight, base._parameters["bias"])
-        add_csr(y, x, csr)
-        return y
 
     def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer

@@ -47,17 +47,12 @@ def add_csr(y: Tensor, x: Tensor, delta: Tensor) -> None:
 def csr_of(delta: SparseDelta) -> Tensor | None:
     """Δ of a weight (outputs × inputs) in torch's compressed rows, or None where torch has none of its kind.
 
-    It shares the memory of the values, and is made once for a support and that memory.
+    It shares the memory of the values.
     """
-    values: Tensor = delta._parameters["values"]  # type: ignore[assignment]
-    memory, found = delta.derive("csr", lambda _: [0, None])
-    if memory != values.data_ptr():
-        plan = plan_linear(delta, False)
-        if plan.starts is not None and values.dtype in SPARSE_DTYPES:
-            shared = values.detach()
-            found = torch.sparse_csr_tensor(plan.starts, plan.column, shared, plan.shape, check_invariants=False)
-        delta.derive("csr", lambda _: None)[:] = values.data_ptr(), found
-    return found
+    plan, values = plan_linear(delta, False), delta.values.detach()
+    if plan.starts is None or values.dtype not in SPARSE_DTYPES:
+        return None
+    return torch.sparse_csr_tensor(plan.starts, plan.column, values, plan.shape, check_invariants=False)
 
 
 def add_entries(y: Tensor, x: Tensor, row: Tensor, column: Tensor, values: Tensor) -> None:

@@ -218,7 +218,7 @@ MANY: dict[str, Any] = {
 def test_a_few_tokens_see_what_many_see_whatever_has_changed(
     shape: tuple[int, ...], change: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_sam.layers.linear.costs_of", lambda device: CPU._replace(large=0))
+    monkeypatch.setattr("peft_sam.layers.few_tokens.costs_of", lambda device: CPU._replace(large=0))
     model: Any = get_peft_model(Stacked(), SamConfig(**MANY))
     x = torch.randn(shape)
     model(x)
@@ -232,7 +232,7 @@ def test_a_few_tokens_see_what_many_see_whatever_has_changed(
 
 @torch.no_grad()
 def test_a_few_tokens_may_lie_apart_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_sam.layers.linear.costs_of", lambda device: CPU._replace(large=0))
+    monkeypatch.setattr("peft_sam.layers.few_tokens.costs_of", lambda device: CPU._replace(large=0))
     model: Any = get_peft_model(Stacked(), SamConfig(**MANY))
     x = torch.randn(2, 12, 2).transpose(1, 2)
     torch.testing.assert_close(model(x), model(x.contiguous()))
