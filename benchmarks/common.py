@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,13 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: i
 
 
 WIDE_LLAMA = "Llama 7 B shape, 2 layers"
+SMOLLM = "SmolLM2-135M shape"
 MINILM, ROBERTA, LLAMA, LARGE_LLAMA = "MiniLM", "RoBERTa-base shape, 4 layers", "Llama shape, 100 M", "Llama shape, 1 B"
 MODELS: dict[str, Callable[[], nn.Module]] = {
     MINILM: minilm,
     ROBERTA: roberta_base_shape,
     LLAMA: partial(llama, 768, 2048, 12, 12, 8000),
+    SMOLLM: partial(llama, 576, 1536, 30, 9, 49152, 3),
     LARGE_LLAMA: partial(llama, 2048, 5632, 20, 16, 32000),
     WIDE_LLAMA: partial(llama, 4096, 11008, 2, 32, 1000),
 }
@@ -274,6 +276,25 @@ def arguments(description: str, repetitions: int) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def carry_out(
+    name: str, description: str, shapes: Sequence[str], repetitions: int, measure: Callable[..., dict[str, Any]]
+) -> None:
+    """A benchmark's command: measure each shape, or the first alone with --quick, and print and write what was found.
+
+    Args:
+        measure: (shape, repetitions, dtype, device) → a row; its dicts are printed.
+    """
+    args, results = arguments(description, repetitions), []
+    for shape in shapes[:1] if args.quick else shapes:
+        results.append(measure(shape, args.repetitions, getattr(torch, args.dtype), args.device))
+        print(f"\n{shape}, {args.dtype}")
+        for key, figures in results[-1].items():
+            if isinstance(figures, dict):
+                print(f"  {key}: " + ", ".join(f"{of} {figure:,.4g}" for of, figure in figures.items()), flush=True)
+    if not args.quick:
+        write(name, results, args)
 
 
 def write(name: str, results: list[dict[str, Any]], args: argparse.Namespace) -> Path:

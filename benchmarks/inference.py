@@ -82,6 +82,7 @@ def main() -> None:
     if not args.quick:
         llama = common.LLAMA if args.device == "cpu" else common.LARGE_LLAMA
         cases += [(common.ROBERTA, "512"), (llama, "512"), (llama, "decode")]
+        cases += [(common.SMOLLM, "decode")] if args.device == "cpu" else []
     results = []
     for shape, what in cases:
         results.append(measure(shape, what, args.repetitions, getattr(torch, args.dtype), args.device))

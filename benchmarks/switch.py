@@ -90,20 +90,6 @@ def measure(shape: str, repetitions: int, dtype: torch.dtype, device: str) -> di
     }
 
 
-def main() -> None:
-    """Measure, print, write."""
-    args = common.arguments(__doc__.partition("\n")[0], repetitions=30)
-    shapes = [common.MINILM] if args.quick else [common.MINILM, common.ROBERTA, common.LLAMA, common.WIDE_LLAMA]
-    results = []
-    for shape in shapes:
-        results.append(measure(shape, args.repetitions, getattr(torch, args.dtype), args.device))
-        print(f"\n{shape}, {args.dtype}")
-        for key, figures in results[-1].items():
-            if isinstance(figures, dict):
-                print(f"  {key}: " + ", ".join(f"{name} {figure:.3g}" for name, figure in figures.items()), flush=True)
-    if not args.quick:
-        common.write("switch", results, args)
-
-
 if __name__ == "__main__":
-    main()
+    SHAPES = [common.MINILM, common.ROBERTA, common.LLAMA, common.WIDE_LLAMA]
+    common.carry_out("switch", __doc__.partition("\n")[0], SHAPES, 30, measure)
