@@ -12,8 +12,12 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_pef
 from torch import Tensor, nn
 
 from benchmarks.rig.method import Method, Setup, mean_loss, named_head, named_rest
+from benchmarks.rig.rates import Rates
 from peft_sam import SamConfig, select_parameters
 from peft_sam.choosing.dense import train_densely
+
+# On how many batches the curvature is measured that rates of entries fall with.
+BATCHES_OF_RATES = 8
 
 
 class Full(Method):
@@ -99,9 +103,11 @@ class Sparse(Adapter):
         scale: learning rate of the values over that of the run. To AdamW this is Δ = scale · v with v at the run's
             rate, but for the clipping of gradients and for its ε.
         decay: weight decay of the values alone, towards the pretrained model; times their learning rate, as in AdamW.
+        power: of the curvature that an entry's own learning rate falls with (`Rates`); 0 for one rate of all.
     """
 
     name: ClassVar[str] = "sam"
+    rates: ClassVar[Rates | None] = None
     score: str = "sam"
     budget: Literal["global", "tensor"] = "global"
     damping: float = 0.1
@@ -109,6 +115,7 @@ class Sparse(Adapter):
     train_mode: bool = False
     scale: float = 1.0
     decay: float | None = None
+    power: float = 0.0
 
     def config(self, model: nn.Module, setup: Setup) -> SamConfig:
         """The adapter's configuration for this run."""
@@ -127,6 +134,11 @@ class Sparse(Adapter):
         self.select(adapted, setup)
         return adapted
 
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Rates of their own."""
+        if self.rates is not None:
+            self.rates.step()
+
     def adapted(self, model: nn.Module, setup: Setup) -> nn.Module:
         """The model with the adapter, pending where the score needs data."""
         adapted: Any = get_peft_model(model, self.config(model, setup))
@@ -135,11 +147,12 @@ class Sparse(Adapter):
         return adapted
 
     def select(self, adapted: Any, setup: Setup) -> None:
-        """Choose the entries, where that is still to be done."""
+        """Choose the entries, where that is still to be done, and their rates."""
         if adapted.active_peft_config.needs_data:
             select_parameters(
                 adapted, setup.batches, max_batches=self.max_batches, train_mode=self.train_mode, progress=False
             )
+        self.rates = Rates(adapted, setup.batches, BATCHES_OF_RATES, self.power) if self.power else None
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """The values at a rate of their own, the others at the run's."""
