@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,6 +18,8 @@ from peft_sam.choosing.dense import train_densely
 
 # On how many batches the curvature is measured that rates of entries fall with.
 BATCHES_OF_RATES = 8
+# The name of the adapter whose entries are drawn at random, beside the one of those that are chosen.
+DRAWN = "drawn"
 
 
 class Full(Method):
@@ -45,7 +47,7 @@ class Adapter(Method):
         """The adapter's file, without modules_to_save."""
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder, save_embedding_layers=False)
-            return Path(folder, "adapter_model.safetensors").stat().st_size
+            return sum(file.stat().st_size for file in Path(folder).rglob("adapter_model.safetensors"))
 
 
 def linear(model: nn.Module, setup: Setup) -> dict[str, nn.Linear]:
@@ -155,13 +157,40 @@ class Sparse(Adapter):
         self.rates = Rates(adapted, setup.batches, BATCHES_OF_RATES, self.power) if self.power else None
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-        """The values at a rate of their own, the others at the run's."""
+        """The values of the adapter "default" at a rate of their own, the others at the run's."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        values = [parameter for name, parameter in trained.items() if "sam_sparse_" in name]
-        others = [parameter for name, parameter in trained.items() if "sam_sparse_" not in name]
+        values = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." in name]
+        others = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." not in name]
         decay = {} if self.decay is None else {"weight_decay": self.decay}
         groups = [{"params": values, "lr": self.scale * lr, **decay}, {"params": others, "lr": lr}]
         return [group for group in groups if group["params"]]
+
+
+@dataclass
+class Mixed(Sparse):
+    """A sparse adapter of chosen entries and beside it, as a second adapter, one of entries drawn at random.
+
+    The chosen ones act together, and the others hardly do, so that each wants a rate of its own: `scale` times the
+    run's for the chosen ones, and the run's for the others.
+
+    Attributes:
+        share: of the density for the chosen ones.
+    """
+
+    name: ClassVar[str] = "mixed"
+    scale: float = 0.04
+    share: float = 0.5
+
+    def config(self, model: nn.Module, setup: Setup) -> SamConfig:
+        """Of the chosen entries."""
+        return super().config(model, replace(setup, density=self.share * setup.density))
+
+    def select(self, adapted: Any, setup: Setup) -> None:
+        """Choose the one half, and draw the other."""
+        drawn = replace(self, score="random", share=1 - self.share)
+        adapted.add_adapter(DRAWN, drawn.config(adapted.get_base_model(), setup))
+        adapted.base_model.set_adapter(["default", DRAWN])
+        super().select(adapted, setup)
 
 
 class LowRank(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peft_sam import SamLayer
+from peft_sam import SparseDelta
+from peft_sam.layers.base import SamLayer
 
 # A rate is at most so many times the geometric mean of all, and at least its inverse.
 WIDEST = 50.0
@@ -19,37 +20,33 @@ LEAST = -60.0
 
 
 class Rates:
-    """s ∝ h^(−power) with geometric mean 1, h_ij = E[x_j²] · E[δ_i²] over tokens: for a linear layer's weight the
-    diagonal of its Kronecker-factored curvature (Martens and Grosse 2015, arXiv 1503.05671).
+    """s ∝ h^(−power), of geometric mean 1 in each active adapter; h is the diagonal of the Kronecker-factored curvature
+    (Martens and Grosse 2015, arXiv 1503.05671) of linear layers: E[x_j²] · E[δ_i²] of a weight and E[δ_i²] of a bias,
+    over tokens.
 
     To AdamW it is Δ = s ⊙ v with v at the run's rate, but for the clipping of gradients and for its ε.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[dict[str, Any]], number: int, power: float) -> None:
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, SamLayer) and any(len(delta.values) for delta in module.deltas("default").values())
-        }
-        for name, layer in layers.items():
-            for which, delta in layer.deltas("default").items():
-                if which != "weight" or len(delta.shape) != 2:
-                    raise ValueError(f"rates of entries are for the weights of linear layers; {name}.{which} is none.")
+    def __init__(self, model: Any, batches: Iterable[dict[str, Any]], number: int, power: float) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SamLayer)}
         with _second_moments(layers) as moments:
             model.eval()
             for batch in islice(batches, number):
                 model(**batch).loss.backward()
         model.zero_grad()
-        logarithms: list[tuple[nn.Parameter, Tensor]] = []
-        for name, (inputs, outputs) in moments.items():
-            delta = layers[name].deltas("default")["weight"]
-            found = inputs[delta.indices % delta.shape[1]].log() + outputs[delta.indices // delta.shape[1]].log()
-            logarithms.append((delta.values, found.clamp(min=LEAST)))
-        mean = torch.cat([found for _, found in logarithms]).mean()
-        self._rates = [
-            (values, torch.exp(-power * (found - mean)).clamp(1 / WIDEST, WIDEST), values.detach().clone())
-            for values, found in logarithms
-        ]
+        self._rates: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for adapter in model.base_model.active_adapters:
+            deltas = [
+                (moments[name], delta)
+                for name, layer in layers.items()
+                for delta in layer.deltas(adapter).values()
+                if len(delta.values)
+            ]
+            found = [_logarithms(delta, *of) for of, delta in deltas]
+            mean = torch.cat(found).mean()
+            for (_, delta), logarithms in zip(deltas, found, strict=True):
+                rates = torch.exp(-power * (logarithms - mean)).clamp(1 / WIDEST, WIDEST)
+                self._rates.append((delta.values, rates, delta.values.detach().clone()))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -58,8 +55,17 @@ class Rates:
             values.copy_(before.add_(rates * (values - before)))
 
 
+def _logarithms(delta: SparseDelta, inputs: Tensor, outputs: Tensor) -> Tensor:
+    """log h of each entry."""
+    width = delta.shape[1] if len(delta.shape) == 2 else 1
+    found = outputs[delta.indices // width].log()
+    if len(delta.shape) == 2:
+        found = found + inputs[delta.indices % width].log()
+    return found.clamp(min=LEAST)
+
+
 @contextmanager
-def _second_moments(layers: dict[str, SamLayer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+def _second_moments(layers: Mapping[str, SamLayer]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Name → sums over tokens of the squares of a layer's inputs and of its outputs' gradients."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -72,7 +78,8 @@ def _second_moments(layers: dict[str, SamLayer]) -> Iterator[dict[str, tuple[Ten
                 before = found.get(name, (torch.zeros(()), torch.zeros(())))
                 found[name] = (before[0] + squares[0], before[1] + squares[1])
 
-            output.register_hook(arrived)
+            if output.requires_grad:  # else no entry is here or below
+                output.register_hook(arrived)
 
         return hook
 
