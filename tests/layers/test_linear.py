@@ -180,6 +180,28 @@ def another_weight(model: Any) -> None:
             parameter.data = torch.randn_like(parameter)
 
 
+def another_parameter(model: Any) -> None:
+    for layer in (model.get_base_model().first.base_layer, model.get_base_model().second.base_layer):
+        layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight), requires_grad=False)
+
+
+def another_forward(model: Any) -> None:
+    layer = model.get_base_model().second.base_layer
+    layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight) * 2
+
+
+def another_adapter(model: Any) -> None:
+    model.add_adapter("other", SamConfig(**MANY, seed=1))
+    model.set_adapter("other")
+
+
+def the_same_name_again(model: Any) -> None:
+    another_adapter(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", SamConfig(**MANY, seed=2))
+    model.set_adapter("default")
+
+
 def a_hook_on_the_module(model: Any) -> None:
     model.get_base_model().first.base_layer.register_forward_hook(lambda module, args, output: output * 2)
 
@@ -196,6 +218,10 @@ CHANGES: list[Any] = [
     values_in_other_memory,
     another_support,
     another_weight,
+    another_parameter,
+    another_forward,
+    another_adapter,
+    the_same_name_again,
     a_hook_on_the_module,
     lambda model: model.double(),
     lambda model: model.merge_adapter(),
