@@ -292,7 +292,7 @@ def carry_out(
         print(f"\n{shape}, {args.dtype}")
         for key, figures in results[-1].items():
             if isinstance(figures, dict):
-                print(f"  {key}: " + ", ".join(f"{of} {figure:,.4g}" for of, figure in figures.items()), flush=True)
+                print(f"  {key}: " + ", ".join(f"{of} {figure:,.6g}" for of, figure in figures.items()), flush=True)
     if not args.quick:
         write(name, results, args)
 

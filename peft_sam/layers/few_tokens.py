@@ -33,15 +33,15 @@ class _Found:
     __slots__ = ("csr", "dtype", "memory", "tokens", "weight")
 
     def __init__(self, _: SparseDelta) -> None:
-        self.weight: Tensor | None = None
+        self.weight: nn.Parameter | None = None
         self.memory, self.tokens = 0, 0
         self.csr: Tensor | None = None
         self.dtype: torch.dtype | None = None
 
-    def look(self, delta: SparseDelta, weight: Tensor | None) -> None:
+    def look(self, delta: SparseDelta, weight: nn.Parameter) -> None:
         """Find it."""
         self.weight, self.memory, self.csr = weight, delta.values.data_ptr(), None
-        if type(weight) is not nn.Parameter or delta.pending:
+        if delta.pending:
             return
         costs, csr = costs_of(weight.device), csr_of(delta)
         if csr is None or costs.few_tokens is None or weight.numel() < costs.large or csr.device != weight.device:
@@ -70,9 +70,10 @@ def product_of_few(layer: Any, args: Any, kwargs: Any) -> Tensor | None:
     x, modules = args[0], mine["_modules"]
     base, held = modules["base_layer"], modules["sam_sparse_delta"]._modules.get(active[0])
     delta = None if held is None or len(held._modules) != 1 else held._modules.get("weight")
-    if delta is None or is_changed(base):
+    weight = base._parameters.get("weight")
+    if delta is None or type(weight) is not nn.Parameter or is_changed(base):  # a shard has no memory of its own
         return None
-    weight, found = base._parameters.get("weight"), delta.derive("few tokens", _Found)
+    found = delta.derive("few tokens", _Found)
     if found.weight is not weight or found.memory != delta._parameters["values"].data_ptr():
         found.look(delta, weight)
     if (
