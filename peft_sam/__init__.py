@@ -38,6 +38,7 @@ from peft_sam.tuner.hotswap import register_swap
 from peft_sam.tuner.merged import merged
 from peft_sam.tuner.model import SamModel
 from peft_sam.tuner.moved import MovedBuffersWarning
+from peft_sam.tuner.optimizer import create_sam_optimizer
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "WeightStream",
     "accumulate",
     "choose",
+    "create_sam_optimizer",
     "export_adapter",
     "merged",
     "rounding_report",

@@ -17,7 +17,7 @@ FORMAT = 2
 LARGEST = 2**63
 LONGEST_NAME = 1000
 COUNTED = ("k", "m", "batches", "head_warmup_steps")
-MEASURED = ("density", "threshold", "samples", "seconds")
+MEASURED = ("density", "threshold", "share", "samples", "seconds")
 WORD = re.compile(r"[A-Za-z0-9_.+:-]{1,64}")
 
 _repr = Repr()

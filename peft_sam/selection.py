@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_sam.sparse.support import check_support
 
 METADATA_KEY = "peft_sam.selection"
-NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps")
+NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps", "share")
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Selection:
         shapes: candidate parameter name → shape; the m candidate entries.
         score, budget, density: as in `SamConfig`.
         threshold: the smallest selected score ("global"), or the smallest of the tensors' thresholds ("tensor").
+        share: Σ|g| of the selected entries over Σ|g| of all candidates, g the gradient of the pass, to four digits:
+            what of a full fine-tuning's first steps falls on them. Of "fisher" with √(mean g_b²) in place of |g|, of
+            "movement" with how far an entry moved, and without data k / m. 0 if it was not recorded.
         samples: so many units (examples, target tokens, pixels) whose mean loss was differentiated; 0 without data.
         unit: "samples", "tokens" or "pixels".
         batches, seconds: extent of the pass over the data.
@@ -40,6 +43,7 @@ class Selection:
     budget: str
     density: float
     threshold: float
+    share: float = 0.0
     samples: float = 0.0
     batches: int = 0
     seconds: float = 0.0
@@ -70,6 +74,7 @@ class Selection:
             "budget": self.budget,
             "density": self.density,
             "threshold": self.threshold,
+            "share": self.share,
             "samples": self.samples,
             "unit": self.unit,
             "batches": self.batches,
@@ -85,6 +90,7 @@ class Selection:
         ]
         if self.batches:
             lines.append(f"from {self.samples:,.0f} {self.unit} in {self.batches} batches, {self.seconds:.1f} s")
+            lines.append(f"with {self.share:.2%} of the gradient of all candidates")
         if self.head_warmup_steps:
             lines.append(f"after {self.head_warmup_steps} steps of training the head alone")
         counts = self.counts

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.rig.method import Method, Setup, mean_loss, named_head, named_rest
 from benchmarks.rig.rates import Rates
-from peft_sam import SamConfig, select_parameters
+from peft_sam import SamConfig, create_sam_optimizer, select_parameters
 from peft_sam.choosing.dense import train_densely
 
 # On how many batches the curvature is measured that rates of entries fall with.
@@ -106,6 +107,7 @@ class Sparse(Adapter):
             rate, but for the clipping of gradients and for its ε.
         decay: weight decay of the values alone, towards the pretrained model; times their learning rate, as in AdamW.
         power: of the curvature that an entry's own learning rate falls with (`Rates`); 0 for one rate of all.
+        full_rate: whether the run's rate is that of full fine-tuning (`create_sam_optimizer`), whatever `scale` says.
     """
 
     name: ClassVar[str] = "sam"
@@ -118,6 +120,7 @@ class Sparse(Adapter):
     scale: float = 1.0
     decay: float | None = None
     power: float = 0.0
+    full_rate: bool = False
 
     def config(self, model: nn.Module, setup: Setup) -> SamConfig:
         """The adapter's configuration for this run."""
@@ -158,6 +161,9 @@ class Sparse(Adapter):
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """The values of the adapter "default" at a rate of their own, the others at the run's."""
+        if self.full_rate:
+            every = create_sam_optimizer(model, torch.optim.AdamW, lr=lr).param_groups
+            return [{"params": group["params"], "lr": group["lr"]} for group in every]
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         values = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." in name]
         others = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." not in name]

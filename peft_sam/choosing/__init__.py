@@ -5,7 +5,8 @@ Imported by: selecting.
 
 * `gradients`: `accumulate`, one pass over the data; `sums`: what it adds up; `linear_calls`: the gradients of weights
   that cannot have one of their own; `curvature`: the Hessian's diagonal.
-* `choose`: from statistics to a selection; `threshold`: the k largest scores; `groups`: within bounded memory.
+* `choose`: from statistics to a selection; `threshold`: the k largest scores; `groups`: within bounded memory;
+  `share`: what of the gradient the selected entries have.
 * `dense`: short dense training, which is undone; `movement`: how far it moved each entry.
 * `before`: everything that a pass changes on its way, put back.
 * `processes`, `shards`: several processes, and parameters that they have in parts.

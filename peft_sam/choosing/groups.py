@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_sam.choosing.choose import ChunkedScores, raise_empty
+from peft_sam.choosing.share import Share, reach
 from peft_sam.choosing.sums import raise_no_gradient
 from peft_sam.choosing.threshold import budget_of, largest
 from peft_sam.selection import Selection
@@ -37,15 +38,16 @@ def groups_within(sizes: Mapping[str, int], entries: int) -> Sequence[Group]:
 
 
 class _Kept:
-    """The best entries of one piece: their positions in the parameter and the bits of their scores."""
+    """The best entries of one piece: their positions in the parameter, the bits of their scores, and their reach."""
 
-    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores) -> None:
+    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores, reach: Tensor | None) -> None:
         found, begin = [], 0
         for chunk in scores():
             inside = positions[(positions >= begin) & (positions < begin + len(chunk))] - begin
             found.append(chunk.cpu().index_select(0, inside))
             begin += len(chunk)
         self.positions, self.bits = positions + start, torch.cat(found)
+        self.reach = None if reach is None else reach[positions.to(reach.device)].cpu()
 
     def __call__(self) -> Sequence[Tensor]:
         return (self.bits,)
@@ -53,6 +55,7 @@ class _Kept:
     def keep(self, which: Tensor) -> None:
         """Only these of them."""
         self.positions, self.bits = self.positions[which], self.bits[which]
+        self.reach = None if self.reach is None else self.reach[which]
 
 
 class _Best:
@@ -61,13 +64,13 @@ class _Best:
     def __init__(self, names: Sequence[str], k: int) -> None:
         self.k, self.pieces = k, {name: list[_Kept]() for name in names}
 
-    def add(self, group: Group, scores: Mapping[str, ChunkedScores]) -> None:
-        """See the scores of a group's pieces."""
+    def add(self, group: Group, scores: Mapping[str, ChunkedScores], reaches: Mapping[str, Tensor | None]) -> None:
+        """See the scores of a group's pieces, and the reach of their entries."""
         mine = {name: scores[name] for name in self.pieces if name in group}
         k = min(self.k, sum(of_one.numel for of_one in mine.values()))
         positions, _ = largest(mine, k)
         for name, of_one in mine.items():
-            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one))
+            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one, reaches[name]))
         flat = {f"{name} {i}": piece for name, pieces in self.pieces.items() for i, piece in enumerate(pieces)}
         winners, _ = largest(flat, min(self.k, sum(len(piece.bits) for piece in flat.values())))
         for key, piece in flat.items():
@@ -108,18 +111,21 @@ def choose_by_groups(
     bests = [_Best(names, budget_of(density, total)) for names, total in zip(together, totals, strict=True)]
     if not any(best.k for best in bests):
         raise_empty(density, max(totals, default=0))
-    reached = False
+    reached, share = False, Share()
     for group in groups:
         statistics = statistics_of(group)
         reached = reached or any(bool(of[name].any()) for of in statistics.values() for name in group)
-        scores = {
-            name: ChunkedScores(score, name, parameters[name], {kind: of[name] for kind, of in statistics.items()}, 0)
-            for name in group
-        }
+        inputs = {name: {kind: of[name] for kind, of in statistics.items()} for name in group}
+        scores = {name: ChunkedScores(score, name, parameters[name], inputs[name], 0) for name in group}
+        reaches = {name: reach(inputs[name]) for name in group}
+        for name, of_one in scores.items():
+            share.add(reaches[name], of_one.numel)
         for best in bests:
-            best.add(group, scores)
+            best.add(group, scores, reaches)
     if not reached:
         raise_no_gradient(len(parameters))
     indices = {name: best.indices(name) for best in bests for name in best.pieces}
+    for kept in (piece for best in bests for pieces in best.pieces.values() for piece in pieces):
+        share.select(kept.reach, len(kept.positions))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return Selection(indices, shapes, score, budget, density, min(best.lowest() for best in bests))
+    return Selection(indices, shapes, score, budget, density, min(best.lowest() for best in bests), share.share())

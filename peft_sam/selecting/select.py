@@ -148,7 +148,7 @@ def select_parameters(
             selection = choose_for(candidates_of(adapted, adapter_name), config)
         apply_selection(adapted, adapter_name, config, selection)
     if trainer is not None:
-        warn_of_rate(trainer, selection.score, selection.k / selection.m)
+        warn_of_rate(trainer, selection.share)
     return selection
 
 

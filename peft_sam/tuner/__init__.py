@@ -8,6 +8,6 @@ Imported by: selecting, export.
 * `candidates`: what an adapter can change, and giving it its support.
 * `ties`: parameters that several modules own.
 * `arithmetic`: adapters out of adapters; `hotswap`: one in the place of another; `merged`: merged for a while.
-* `moved`: buffers of the base that training moves.
+* `moved`: buffers of the base that training moves; `optimizer`: learning rates of the values.
 * `states`: what `load_state_dict` does with what comes in; `filling`: what PEFT's loading does.
 """

@@ -190,6 +190,24 @@ def test_a_parameter_without_storage_is_refused_where_its_value_counts() -> None
     assert choose(of, score="random", density=0.5).k == 5
 
 
+@pytest.mark.parametrize("budget", ["global", "tensor"])
+@pytest.mark.parametrize("score", [name for name, row in SCORES.items() if row.statistics])
+def test_the_share_is_what_the_selected_entries_have_of_the_absolute_gradient(score: str, budget: str) -> None:
+    of = parameters()
+    inputs = {kind: statistics(of)[kind] for kind in SCORES[score].statistics}
+    selection = choose(of, score=score, density=0.2, budget=budget, statistics=inputs)
+    kind = next(kind for kind in ("gradient", "squared_gradient", "movement") if kind in inputs)
+    reach = {n: t.abs().sqrt() if kind == "squared_gradient" else t.abs() for n, t in inputs[kind].items()}
+    selected = sum(float(reach[n].flatten()[selection.indices[n]].sum()) for n in of)
+    assert selection.share == pytest.approx(selected / sum(float(t.sum()) for t in reach.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("score", [name for name, row in SCORES.items() if not row.statistics])
+def test_without_data_the_share_is_that_of_the_entries(score: str) -> None:
+    selection = choose(parameters(), score=score, density=0.25)
+    assert selection.share == pytest.approx(selection.k / selection.m, rel=1e-3)
+
+
 # Selections on disk and on screen
 
 
@@ -214,6 +232,7 @@ def test_a_selection_prints_as_a_short_table() -> None:
     text = str(some_selection())
     assert "4 of 48 entries" in text
     assert "11 samples in 3 batches" in text
+    assert "of the gradient" in text
     assert len(text.splitlines()) < 16
 
 

@@ -67,6 +67,7 @@ def test_groups_choose_what_one_pass_chooses_ties_included(
     expected = choose(parameters, statistics={"gradient": gradients}, **options)
     got = choose_by_groups(parameters, groups, statistics_of, **options)
     assert got.threshold == expected.threshold
+    assert got.share == pytest.approx(expected.share, rel=1e-3)
     assert list(got.indices) == list(expected.indices)
     assert all(torch.equal(got.indices[name], expected.indices[name]) for name in expected.indices)
 

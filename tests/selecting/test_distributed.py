@@ -29,6 +29,7 @@ def test_many_processes_select_what_one_selects(selections: dict[int, Path], sce
     every = [Selection.load(selections[processes] / f"{scenario}-{r}.safetensors") for r in range(processes)]
     for selection in every:
         assert selection.samples == one.samples
+        assert selection.share == pytest.approx(one.share, rel=2e-3)
         assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
         assert all(torch.equal(selection.indices[name], every[0].indices[name]) for name in one.indices)
     different = sum(len(set(one.indices[name].tolist()) ^ set(every[0].indices[name].tolist())) for name in one.indices)
@@ -76,6 +77,7 @@ def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Pat
     assert all(selection.samples == one.samples == 23 for selection in every)
     assert all(selection.batches == one.batches or what == "accelerate" for selection in every)
     for selection in every:
+        assert selection.share == pytest.approx(one.share, rel=2e-3)
         assert selection.threshold == pytest.approx(one.threshold, rel=1e-5)
         assert all(torch.equal(selection.indices[name], one.indices[name]) for name in one.indices)
 

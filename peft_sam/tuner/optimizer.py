@@ -1,0 +1,82 @@
+"""An optimizer for a model with sparse adapters, at one learning rate: that of full fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from peft_sam.config import SamConfig
+from peft_sam.layers.found import deltas_of
+from peft_sam.sparse.delta import PendingAdapterError
+
+
+def create_sam_optimizer(
+    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, **options: Any
+) -> Optimizer:
+    """An optimizer that gives each sparse adapter's values the rate lr / share, and all else that is trained lr.
+
+    share = Σ|g| over the selected entries / Σ|g| over all candidates (`Selection.share`). A step of equal size for all
+    entries changes the loss by lr·Σ|g|, to first order; the fewer of the gradient the selected entries have, the
+    larger a step takes as much. So `lr` is what full fine-tuning would take, about 1e-4 for AdamW, whatever the score
+    and the density are. To such an optimizer it is the same as Δ = v / share with v trained at lr.
+
+        select_parameters(trainer)
+        trainer.optimizer = create_sam_optimizer(model, torch.optim.AdamW, lr=1e-4)
+        trainer.train()
+
+    Args:
+        model: with SAM adapters whose parameters are selected; those that are active are trained.
+        optimizer_cls: one whose steps do not grow with the gradient: Adam, AdamW, Adafactor, Lion.
+        lr: learning rate of a new head, and of full fine-tuning.
+        options: of the optimizer, for all.
+
+    Raises:
+        PendingAdapterError: if the parameters of an adapter are not selected yet.
+        ValueError: if no sparse adapter is trained, lr is no positive number, or an adapter does not know its share.
+    """
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
+        raise ValueError(f"lr must be a positive number, the rate of full fine-tuning such as 1e-4; got {lr!r}.")
+    trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
+    groups = []
+    for name, config in _sparse(model).items():
+        deltas = deltas_of(model, name).values()
+        values = [trained.pop(id(delta.values)) for delta in deltas if id(delta.values) in trained]
+        if values:
+            groups.append({"params": values, "lr": lr / _share(name, config)})
+    if not groups:
+        raise ValueError(
+            f"no SAM adapter of this {type(model).__name__} is trained: make one with get_peft_model(model, "
+            "SamConfig(...)), or activate one with model.set_adapter(...)."
+        )
+    if trained:
+        groups.append({"params": list(trained.values()), "lr": lr})
+    return optimizer_cls(groups, lr=lr, **options)
+
+
+def _sparse(model: nn.Module) -> dict[str, SamConfig]:
+    """The SAM adapters of a model, or of parts of it."""
+    maps = [getattr(module, "peft_config", None) for module in model.modules()]
+    configs = [found for one in maps if isinstance(one, Mapping) for found in one.items()]
+    return {name: config for name, config in configs if isinstance(config, SamConfig)}
+
+
+def _share(adapter_name: str, config: SamConfig) -> float:
+    """What of a full fine-tuning's first steps falls on the adapter's entries.
+
+    Raises:
+        PendingAdapterError: if none are selected.
+        ValueError: if it was not recorded.
+    """
+    if config.selection is None:
+        raise PendingAdapterError(adapter_name, "given an optimizer")
+    share = float(config.selection.get("share") or 0)
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"adapter {adapter_name!r} does not say which share of the gradient its entries have: it was selected by "
+            "an earlier version, or made of others. Choose its rate yourself: "
+            "torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=...)."
+        )
+    return share
