@@ -148,7 +148,7 @@ def select_parameters(
             selection = choose_for(candidates_of(adapted, adapter_name), config)
         apply_selection(adapted, adapter_name, config, selection)
     if trainer is not None:
-        warn_of_rate(trainer, selection.share)
+        warn_of_rate(trainer, (d.values for d in deltas_of(adapted, adapter_name).values()), selection.share)
     return selection
 
 

@@ -14,9 +14,14 @@ from peft_sam.sparse.delta import PendingAdapterError
 
 
 def create_sam_optimizer(
-    model: nn.Module, optimizer_cls: Callable[..., Optimizer], *, lr: float, **options: Any
+    model: nn.Module,
+    optimizer_cls: Callable[..., Optimizer],
+    *,
+    lr: float,
+    head_lr: float | None = None,
+    **options: Any,
 ) -> Optimizer:
-    """An optimizer that gives each sparse adapter's values the rate lr / share, and all else that is trained lr.
+    """An optimizer that gives each sparse adapter's values the rate lr / share.
 
     share = Σ|g| over the selected entries / Σ|g| over all candidates (`Selection.share`). A step of equal size for all
     entries changes the loss by lr·Σ|g|, to first order; the fewer of the gradient the selected entries have, the
@@ -30,15 +35,18 @@ def create_sam_optimizer(
     Args:
         model: with SAM adapters whose parameters are selected; those that are active are trained.
         optimizer_cls: one whose steps do not grow with the gradient: Adam, AdamW, Adafactor, Lion.
-        lr: learning rate of a new head, and of full fine-tuning.
+        lr: learning rate of full fine-tuning.
+        head_lr: that of what is trained besides the adapters, such as a new head; `lr` by default.
         options: of the optimizer, for all.
 
     Raises:
         PendingAdapterError: if the parameters of an adapter are not selected yet.
         ValueError: if no sparse adapter is trained, lr is no positive number, or an adapter does not know its share.
     """
-    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
-        raise ValueError(f"lr must be a positive number, the rate of full fine-tuning such as 1e-4; got {lr!r}.")
+    head_lr = lr if head_lr is None else head_lr
+    for name, rate in (("lr", lr), ("head_lr", head_lr)):
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+            raise ValueError(f"{name} must be a positive number, a learning rate such as 1e-4; got {rate!r}.")
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
     groups = []
     for name, config in _sparse(model).items():
@@ -52,7 +60,7 @@ def create_sam_optimizer(
             "SamConfig(...)), or activate one with model.set_adapter(...)."
         )
     if trained:
-        groups.append({"params": list(trained.values()), "lr": lr})
+        groups.append({"params": list(trained.values()), "lr": head_lr})
     return optimizer_cls(groups, lr=lr, **options)
 
 

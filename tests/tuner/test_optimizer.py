@@ -46,6 +46,8 @@ def test_values_take_the_rate_over_their_share_and_the_head_takes_it_itself(scor
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {"sam_sparse_" in name for name in found} == {True, False}
     assert all(rate == (LR / share if "sam_sparse_" in name else LR) for name, rate in found.items())
+    found = rates(model, create_sam_optimizer(model, torch.optim.AdamW, lr=LR, head_lr=2 * LR))
+    assert all(rate == (LR / share if "sam_sparse_" in name else 2 * LR) for name, rate in found.items())
 
 
 def test_each_active_adapter_has_its_own_rate() -> None:
@@ -127,7 +129,7 @@ WRONG: list[tuple[Any, Any, type[Exception], str]] = [
     (frozen, LR, ValueError, "no SAM adapter of this PeftModelForSequenceClassification is trained"),
     (lambda: BASE, LR, ValueError, "no SAM adapter of this BertForSequenceClassification is trained"),
     (made_of_others, LR, ValueError, "adapter 'sum' does not say which share"),
-    (lambda: make(score="random"), 0.0, ValueError, "lr must be a positive number, .* got 0.0"),
+    (lambda: make(score="random"), 0.0, ValueError, "^lr must be a positive number, .* got 0.0"),
     (lambda: make(score="random"), "1e-4", ValueError, "lr must be a positive number, .* got '1e-4'"),
 ]
 
