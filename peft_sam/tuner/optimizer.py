@@ -26,7 +26,8 @@ def create_sam_optimizer(
     share = Σ|g| over the selected entries / Σ|g| over all candidates (`Selection.share`). A step of equal size for all
     entries changes the loss by lr·Σ|g|, to first order; the fewer of the gradient the selected entries have, the
     larger a step takes as much. So `lr` is what full fine-tuning would take, about 1e-4 for AdamW, whatever the score
-    and the density are. To such an optimizer it is the same as Δ = v / share with v trained at lr.
+    and the density are. To such an optimizer it is the same as Δ = v / share with v trained at lr. Of n adapters that
+    are trained beside each other each takes lr / (n · share), so that together they change the loss by as much.
 
         select_parameters(trainer)
         trainer.optimizer = create_sam_optimizer(model, torch.optim.AdamW, lr=1e-4)
@@ -48,17 +49,18 @@ def create_sam_optimizer(
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
             raise ValueError(f"{name} must be a positive number, a learning rate such as 1e-4; got {rate!r}.")
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
-    groups = []
-    for name, config in _sparse(model).items():
-        deltas = deltas_of(model, name).values()
-        values = [trained.pop(id(delta.values)) for delta in deltas if id(delta.values) in trained]
-        if values:
-            groups.append({"params": values, "lr": lr / _share(name, config)})
-    if not groups:
+    values, configs = {}, _sparse(model)
+    for name in configs:
+        held = [id(delta.values) for delta in deltas_of(model, name).values()]
+        if found := [trained.pop(one) for one in held if one in trained]:
+            values[name] = found
+    if not values:
         raise ValueError(
             f"no SAM adapter of this {type(model).__name__} is trained: make one with get_peft_model(model, "
             "SamConfig(...)), or activate one with model.set_adapter(...)."
         )
+    rates = {name: lr / (len(values) * _share(name, configs[name])) for name in values}
+    groups = [{"params": values[name], "lr": rates[name]} for name in values]
     if trained:
         groups.append({"params": list(trained.values()), "lr": head_lr})
     return optimizer_cls(groups, lr=lr, **options)
