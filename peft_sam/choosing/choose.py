@@ -48,7 +48,7 @@ def choose(
     """
     statistics = statistics or {}
     over = sharing(parameters) if SCORES[score].reads_tensors else None
-    scores, reaches, share = {}, {}, Share()
+    scores, told, share = {}, {}, Share()
     for name, parameter in parameters.items():
         inputs = {kind: of[name] for kind, of in statistics.items()}
         part = parameter if over is None else local(parameter)
@@ -56,8 +56,8 @@ def choose(
             # all processes hold the same: the first answers for them
             part, inputs = part.flatten()[:0], {kind: tensor.flatten()[:0] for kind, tensor in inputs.items()}
         scores[name] = ChunkedScores(score, name, part, inputs, seed)
-        reaches[name] = reach(inputs)
-        share.add(reaches[name], scores[name].numel)
+        told[name] = inputs
+        share.add(inputs, scores[name].numel)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     indices, thresholds = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in sizes}, []
     for names in [list(sizes)] if budget == "global" else [[name] for name in sizes]:
@@ -68,8 +68,7 @@ def choose(
     if not thresholds:
         raise_empty(density, sum(sizes.values()) if budget == "global" else max(sizes.values(), default=0))
     for name, found in indices.items():
-        of_all = reaches[name]
-        share.select(None if of_all is None else of_all[found.to(of_all.device)], len(found))
+        share.select(reach(told[name], found), len(found))
     if over is not None:
         indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}

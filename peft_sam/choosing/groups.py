@@ -40,14 +40,14 @@ def groups_within(sizes: Mapping[str, int], entries: int) -> Sequence[Group]:
 class _Kept:
     """The best entries of one piece: their positions in the parameter, the bits of their scores, and their reach."""
 
-    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores, reach: Tensor | None) -> None:
+    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores, statistics: Mapping[str, Tensor]) -> None:
         found, begin = [], 0
         for chunk in scores():
             inside = positions[(positions >= begin) & (positions < begin + len(chunk))] - begin
             found.append(chunk.cpu().index_select(0, inside))
             begin += len(chunk)
         self.positions, self.bits = positions + start, torch.cat(found)
-        self.reach = None if reach is None else reach[positions.to(reach.device)].cpu()
+        self.reach = reach(statistics, positions)
 
     def __call__(self) -> Sequence[Tensor]:
         return (self.bits,)
@@ -64,13 +64,15 @@ class _Best:
     def __init__(self, names: Sequence[str], k: int) -> None:
         self.k, self.pieces = k, {name: list[_Kept]() for name in names}
 
-    def add(self, group: Group, scores: Mapping[str, ChunkedScores], reaches: Mapping[str, Tensor | None]) -> None:
-        """See the scores of a group's pieces, and the reach of their entries."""
+    def add(
+        self, group: Group, scores: Mapping[str, ChunkedScores], statistics: Mapping[str, Mapping[str, Tensor]]
+    ) -> None:
+        """See the scores of a group's pieces, and the statistics that they are from, by parameter."""
         mine = {name: scores[name] for name in self.pieces if name in group}
         k = min(self.k, sum(of_one.numel for of_one in mine.values()))
         positions, _ = largest(mine, k)
         for name, of_one in mine.items():
-            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one, reaches[name]))
+            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one, statistics[name]))
         flat = {f"{name} {i}": piece for name, pieces in self.pieces.items() for i, piece in enumerate(pieces)}
         winners, _ = largest(flat, min(self.k, sum(len(piece.bits) for piece in flat.values())))
         for key, piece in flat.items():
@@ -117,11 +119,10 @@ def choose_by_groups(
         reached = reached or any(bool(of[name].any()) for of in statistics.values() for name in group)
         inputs = {name: {kind: of[name] for kind, of in statistics.items()} for name in group}
         scores = {name: ChunkedScores(score, name, parameters[name], inputs[name], 0) for name in group}
-        reaches = {name: reach(inputs[name]) for name in group}
         for name, of_one in scores.items():
-            share.add(reaches[name], of_one.numel)
+            share.add(inputs[name], of_one.numel)
         for best in bests:
-            best.add(group, scores, reaches)
+            best.add(group, scores, inputs)
     if not reached:
         raise_no_gradient(len(parameters))
     indices = {name: best.indices(name) for best in bests for name in best.pieces}

@@ -9,22 +9,19 @@ from torch import Tensor
 
 from peft_sam.choosing.processes import Processes
 
+# Statistic → how far an entry takes the loss when all entries take equal steps; the first that a pass has.
+REACH = {"gradient": torch.abs, "squared_gradient": torch.sqrt, "movement": torch.abs}
 # So many digits of a share are kept: the order in which it is summed does not show.
 DIGITS = 4
 
 
-def reach(statistics: Mapping[str, Tensor]) -> Tensor | None:
-    """How far an entry takes the loss when all entries take equal steps, flat and in one unit for all parameters.
-
-    |g|; where the pass has none, √(mean g_b²), or how far the entry moved. None if no data tells: all alike.
-    """
-    if "gradient" in statistics:
-        return statistics["gradient"].flatten().abs()
-    if "squared_gradient" in statistics:
-        return statistics["squared_gradient"].flatten().sqrt()
-    if "movement" in statistics:
-        return statistics["movement"].flatten().abs()
-    return None
+def reach(statistics: Mapping[str, Tensor], positions: Tensor | None = None) -> Tensor | None:
+    """Of the entries of a parameter, or of those at flat positions, on the CPU; None if no data tells: all alike."""
+    kind = next((kind for kind in REACH if kind in statistics), None)
+    if kind is None:
+        return None
+    flat = statistics[kind].flatten()
+    return REACH[kind](flat if positions is None else flat[positions.to(flat.device)].cpu())
 
 
 class Share:
@@ -33,13 +30,14 @@ class Share:
     def __init__(self) -> None:
         self.all = self.selected = 0.0
 
-    def add(self, reach: Tensor | None, entries: int) -> None:
-        """See the candidates of a parameter, or a piece of it."""
-        self.all += entries if reach is None else float(reach.sum())
+    def add(self, statistics: Mapping[str, Tensor], entries: int) -> None:
+        """See the candidates of a parameter, or of a piece of it."""
+        found = reach(statistics)
+        self.all += entries if found is None else float(found.sum())
 
-    def select(self, reach: Tensor | None, entries: int) -> None:
-        """See selected ones; `reach` is theirs alone."""
-        self.selected += entries if reach is None else float(reach.sum())
+    def select(self, found: Tensor | None, entries: int) -> None:
+        """See selected ones, and their reach."""
+        self.selected += entries if found is None else float(found.sum())
 
     def share(self, sharing: Processes | None = None) -> float:
         """Σ of the selected over Σ of all, 0 if nothing tells; of all processes that hold parts."""
