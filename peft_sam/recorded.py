@@ -16,7 +16,7 @@ FORMAT = 2
 # what numbers of entries, batches and steps stay below, with room
 LARGEST = 2**63
 LONGEST_NAME = 1000
-COUNTED = ("k", "m", "batches", "head_warmup_steps")
+COUNTED = ("k", "m", "batches", "head_warmup_steps", "excluded")
 MEASURED = ("density", "threshold", "share", "samples", "seconds")
 WORD = re.compile(r"[A-Za-z0-9_.+:-]{1,64}")
 

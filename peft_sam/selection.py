@@ -15,7 +15,7 @@ from torch import Tensor
 from peft_sam.sparse.support import check_support
 
 METADATA_KEY = "peft_sam.selection"
-NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps", "share")
+NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps", "share", "excluded")
 
 
 @dataclass
@@ -32,6 +32,7 @@ class Selection:
             what of a full fine-tuning's first steps falls on them. Of "fisher" with √(mean g_b²) in place of |g|, of
             "movement" with how far an entry moved, and without data k / m. 0 if it was not recorded.
         samples: so many units (examples, target tokens, pixels) whose mean loss was differentiated; 0 without data.
+        excluded: so many candidates were left alone, as those of other adapters.
         unit: "samples", "tokens" or "pixels".
         batches, seconds: extent of the pass over the data.
         head_warmup_steps: for so many steps the head was trained alone before the pass.
@@ -48,6 +49,7 @@ class Selection:
     batches: int = 0
     seconds: float = 0.0
     head_warmup_steps: int = 0
+    excluded: int = 0
     unit: str = "samples"
 
     @property
@@ -80,6 +82,7 @@ class Selection:
             "batches": self.batches,
             "seconds": round(self.seconds, 3),
             "head_warmup_steps": self.head_warmup_steps,
+            "excluded": self.excluded,
             "counts": self.counts,
         }
 
@@ -93,6 +96,8 @@ class Selection:
             lines.append(f"with {self.share:.2%} of the gradient of all candidates")
         if self.head_warmup_steps:
             lines.append(f"after {self.head_warmup_steps} steps of training the head alone")
+        if self.excluded:
+            lines.append(f"without {self.excluded:,} entries that were excluded")
         counts = self.counts
         width = max((len(name) for name in counts), default=0)
         for name in sorted(counts, key=lambda name: -counts[name])[:10]:

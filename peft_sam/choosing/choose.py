@@ -29,11 +29,12 @@ def choose(
     budget: str = "global",
     seed: int = 0,
     statistics: Mapping[str, Mapping[str, Tensor]] | None = None,
+    exclude: Mapping[str, Tensor] | None = None,
 ) -> Selection:
     """Select the entries of `parameters` with the largest scores.
 
-    NaN is never selected, nor is an entry without any gradient in the statistics: where fewer than k are left, only
-    these are selected.
+    NaN is never selected, nor is an entry without any gradient in the statistics, nor an excluded one: where fewer than
+    k are left, only these are selected.
 
     Args:
         parameters: name → candidate, in the order that breaks ties. Of sharded ones (FSDP2) each process brings the
@@ -42,11 +43,12 @@ def choose(
         density, budget: p and how k comes from it, as in `SamConfig`.
         seed: of the scores with noise.
         statistics: statistic → parameter name → tensor, for a score that needs data.
+        exclude: parameter name → flat positions that are left alone.
 
     Raises:
         ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
     """
-    statistics = statistics or {}
+    statistics, exclude = statistics or {}, exclude or {}
     over = sharing(parameters) if SCORES[score].reads_tensors else None
     scores, told, share = {}, {}, Share()
     for name, parameter in parameters.items():
@@ -55,7 +57,10 @@ def choose(
         if over is not None and over.rank and not is_sharded(parameter):
             # all processes hold the same: the first answers for them
             part, inputs = part.flatten()[:0], {kind: tensor.flatten()[:0] for kind, tensor in inputs.items()}
-        scores[name] = ChunkedScores(score, name, part, inputs, seed)
+        never = exclude.get(name)
+        if never is not None and over is not None:
+            never = within(never, start_of(parameter), start_of(parameter) + part.numel())
+        scores[name] = ChunkedScores(score, name, part, inputs, seed, never)
         told[name] = inputs
         share.add(inputs, scores[name].numel)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
@@ -72,7 +77,8 @@ def choose(
     if over is not None:
         indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return Selection(indices, shapes, score, budget, density, min(thresholds), share.share(over))
+    number = sum(len(exclude[name]) for name in exclude.keys() & shapes.keys())
+    return Selection(indices, shapes, score, budget, density, min(thresholds), share.share(over), excluded=number)
 
 
 def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:
@@ -81,6 +87,11 @@ def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tenso
     every = over.each(torch.cat(list(indices.values())))
     parts = [found.split(of_each.tolist()) for found, of_each in zip(every, lengths, strict=True)]
     return {name: torch.cat(found) for name, found in zip(indices, zip(*parts, strict=True), strict=True)}
+
+
+def within(positions: Tensor, start: int, stop: int) -> Tensor:
+    """Those of the positions from start to before stop, counted from start."""
+    return positions[(positions >= start) & (positions < stop)] - start
 
 
 def entries_asked_for(sizes: Iterable[int], density: float, budget: str) -> int:
@@ -101,8 +112,16 @@ def raise_empty(density: float, entries: int) -> None:
 class ChunkedScores:
     """The scores of one parameter, computed piece by piece each time they are asked for."""
 
-    def __init__(self, score: str, name: str, parameter: Tensor, statistics: Mapping[str, Tensor], seed: int) -> None:
-        self.row, self.name = SCORES[score], name
+    def __init__(
+        self,
+        score: str,
+        name: str,
+        parameter: Tensor,
+        statistics: Mapping[str, Tensor],
+        seed: int,
+        never: Tensor | None = None,
+    ) -> None:
+        self.row, self.name, self.never = SCORES[score], name, never
         self.numel = next(iter(statistics.values()), parameter).numel()
         # the CPU generator reads 32 bits of its seed
         self.seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")
@@ -117,7 +136,7 @@ class ChunkedScores:
                 )
 
     def __call__(self) -> Iterator[Tensor]:
-        """The scores' bits, in flat order; those of entries without a gradient are never to win."""
+        """The scores' bits, in flat order; those of entries without a gradient, or excluded, are never to win."""
         generator = torch.Generator("cpu").manual_seed(self.seed)
         flat = {kind: tensor.flatten() for kind, tensor in self.sources.items()}
         for start in range(0, self.numel, CHUNK):
@@ -130,4 +149,6 @@ class ChunkedScores:
             bits = bits_of(self.row.function(**inputs))
             for kind in GRADIENTS & inputs.keys():
                 bits.masked_fill_(inputs[kind] == 0, NEVER)
+            if self.never is not None:
+                bits[within(self.never, start, stop).to(bits.device)] = NEVER
             yield bits

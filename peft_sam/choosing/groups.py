@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peft_sam.choosing.choose import ChunkedScores, raise_empty
+from peft_sam.choosing.choose import ChunkedScores, raise_empty, within
 from peft_sam.choosing.share import Share, reach
 from peft_sam.choosing.sums import raise_no_gradient
 from peft_sam.choosing.threshold import budget_of, largest
@@ -43,7 +43,7 @@ class _Kept:
     def __init__(self, start: int, positions: Tensor, scores: ChunkedScores, statistics: Mapping[str, Tensor]) -> None:
         found, begin = [], 0
         for chunk in scores():
-            inside = positions[(positions >= begin) & (positions < begin + len(chunk))] - begin
+            inside = within(positions, begin, begin + len(chunk))
             found.append(chunk.cpu().index_select(0, inside))
             begin += len(chunk)
         self.positions, self.bits = positions + start, torch.cat(found)
@@ -97,6 +97,7 @@ def choose_by_groups(
     score: str,
     density: float,
     budget: str,
+    exclude: Mapping[str, Tensor] | None = None,
 ) -> Selection:
     """`choose`, for a score that needs data, with statistics of one group at a time.
 
@@ -107,6 +108,7 @@ def choose_by_groups(
     Raises:
         ValueError: if k is 0.
     """
+    exclude = exclude or {}
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     together = [list(sizes)] if budget == "global" else [[name] for name in sizes]
     totals = [sum(sizes[name] for name in names) for names in together]
@@ -118,7 +120,10 @@ def choose_by_groups(
         statistics = statistics_of(group)
         reached = reached or any(bool(of[name].any()) for of in statistics.values() for name in group)
         inputs = {name: {kind: of[name] for kind, of in statistics.items()} for name in group}
-        scores = {name: ChunkedScores(score, name, parameters[name], inputs[name], 0) for name in group}
+        never = {name: within(exclude[name], *group[name]) for name in group if name in exclude}
+        scores = {
+            name: ChunkedScores(score, name, parameters[name], inputs[name], 0, never.get(name)) for name in group
+        }
         for name, of_one in scores.items():
             share.add(inputs[name], of_one.numel)
         for best in bests:
@@ -129,4 +134,5 @@ def choose_by_groups(
     for kept in (piece for best in bests for pieces in best.pieces.values() for piece in pieces):
         share.select(kept.reach, len(kept.positions))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    return Selection(indices, shapes, score, budget, density, min(best.lowest() for best in bests), share.share())
+    lowest, number = min(best.lowest() for best in bests), sum(len(exclude[n]) for n in exclude.keys() & shapes.keys())
+    return Selection(indices, shapes, score, budget, density, lowest, share.share(), excluded=number)

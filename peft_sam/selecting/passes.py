@@ -85,12 +85,14 @@ def select_by_data(
     train_mode: bool,
     processes: Processes | None,
     progress: bool,
+    exclude: Mapping[str, Tensor],
 ) -> Selection:
     """Run the passes of `model` for a pending adapter of `adapted`, itself or a part of it, and choose."""
     candidates = candidates_of(adapted, adapter_name)
     batches, loss = source.batches, source.loss
     passes = _passes(candidates, config, memory_budget)
     options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
+    options["exclude"] = exclude
     if "movement" in config.statistics:
         steps, besides = _steps(source, max_batches, processes), trained_besides(model)
         found = rehearse(model, candidates, besides, batches, loss, steps=steps, processes=processes, progress=progress)

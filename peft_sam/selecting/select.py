@@ -20,6 +20,7 @@ from peft_sam.config import SamConfig
 from peft_sam.layers.base import selecting
 from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selecting.batches import from_loader, from_trainer
+from peft_sam.selecting.exclude import Excluded, excluded
 from peft_sam.selecting.passes import select_by_data
 from peft_sam.selecting.rates import warn_of_rate
 from peft_sam.selecting.taken import check_not_taken
@@ -45,6 +46,7 @@ def select_parameters(
     head_warmup_steps: int = 0,
     head_warmup_lr: float = 1e-3,
     selection: Selection | None = None,
+    exclude: Excluded | Iterable[Excluded] | None = None,
     progress: bool | None = None,
 ) -> Selection:
     """Choose the parameters that a pending SAM adapter trains. Once, before training.
@@ -74,6 +76,8 @@ def select_parameters(
             noise, too. With AdamW without weight decay, in train mode.
         head_warmup_lr: learning rate of that, which falls linearly to zero.
         selection: use this selection, for instance a loaded one, instead of running the pass.
+        exclude: entries to leave alone: those of other adapters of the model, by name, or of other selections, so that
+            adapters can be added up and disturb each other less.
         progress: a progress bar on the main process; by default on, for a Trainer as in its training.
 
     Returns:
@@ -105,6 +109,9 @@ def select_parameters(
     check_not_taken(model, adapted, adapter_name, trainer, accelerator)
     head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
     by_data = selection is None and config.needs_data
+    if selection is not None and exclude is not None:
+        raise ValueError("selection says which entries are selected, and exclude which are not: pass one of them.")
+    left_alone = excluded(adapted, candidates_of(adapted, adapter_name), exclude)
     with restoring(head.values(), only_on_error=True):
         if head or by_data:
             passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
@@ -141,6 +148,7 @@ def select_parameters(
                         train_mode=train_mode,
                         processes=processes,
                         progress=shown,
+                        exclude=left_alone,
                     )
                     selection.head_warmup_steps = head_warmup_steps
                     tell_if_fewer(selection)
@@ -173,7 +181,8 @@ def tell_if_fewer(selection: Selection) -> None:
     asked = entries_asked_for(sizes, selection.density, selection.budget)
     if selection.k >= asked:
         return
-    have = "have a gradient in the pass" if selection.batches else "have a score that is a number"
+    free = " and are not excluded" if selection.excluded else ""
+    have = f"have a gradient in the pass{free}" if selection.batches else "have a score that is a number"
     text = f"density {selection.density:g} asks for {asked:,} entries, and only {selection.k:,} candidates {have}"
     if not selection.k:
         raise ValueError(f"{text}: nothing would be trained.")

@@ -70,7 +70,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "accelerate"])
+@pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "sam apart", "accelerate"])
 def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Path], what: str, processes: int) -> None:
     one = Selection.load(sharded[1] / f"{what}-0.safetensors")
     every = [Selection.load(sharded[processes] / f"{what}-{r}.safetensors") for r in range(processes)]
