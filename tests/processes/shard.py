@@ -92,11 +92,12 @@ def by_hand(folder: Path, rank: int, number: int, score: str) -> None:
         batches = [together([row]) for row in sentences(23)[rank::number]]
         found = select_parameters(model, batches, progress=False)
         found.save(folder / f"{score}-{rank}.safetensors")
-        model.add_adapter("apart", SamConfig(density=0.05, score=score, target_modules="all"))
-        apart = select_parameters(model, batches, adapter_name="apart", exclude=found, progress=False)
-        apart.save(folder / f"{score} apart-{rank}.safetensors")
-        model.delete_adapter("apart")
-        model.set_adapter("default")
+        if score == "sam":
+            model.add_adapter("apart", SamConfig(density=0.05, target_modules="all"))
+            apart = select_parameters(model, batches, adapter_name="apart", exclude=found, progress=False)
+            apart.save(folder / f"sam apart-{rank}.safetensors")
+            model.delete_adapter("apart")
+            model.set_adapter("default")
     train(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), rank, number)
     model.save_pretrained(folder / score, is_main_process=rank == 0)
     dist.barrier()

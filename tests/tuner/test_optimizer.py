@@ -102,7 +102,6 @@ def trained(folder: Path, resume: str | None = None) -> Any:
     return model
 
 
-@pytest.mark.filterwarnings("ignore:learning_rate=:UserWarning")
 def test_a_trainer_trains_with_it_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole")
     again = trained(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-3"))
