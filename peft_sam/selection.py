@@ -44,11 +44,11 @@ class Selection:
     budget: str
     density: float
     threshold: float
-    share: float = 0.0
     samples: float = 0.0
     batches: int = 0
     seconds: float = 0.0
     head_warmup_steps: int = 0
+    share: float = 0.0
     excluded: int = 0
     unit: str = "samples"
 
@@ -93,7 +93,9 @@ class Selection:
         ]
         if self.batches:
             lines.append(f"from {self.samples:,.0f} {self.unit} in {self.batches} batches, {self.seconds:.1f} s")
-            lines.append(f"with {self.share:.2%} of the gradient of all candidates")
+        if self.batches and self.share:
+            of = "movement" if self.score == "movement" else "gradient"
+            lines.append(f"with {self.share:.2%} of the {of} of all candidates")
         if self.head_warmup_steps:
             lines.append(f"after {self.head_warmup_steps} steps of training the head alone")
         if self.excluded:

@@ -78,7 +78,7 @@ def choose(
         indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     number = sum(len(exclude[name]) for name in exclude.keys() & shapes.keys())
-    return Selection(indices, shapes, score, budget, density, min(thresholds), share.share(over), excluded=number)
+    return Selection(indices, shapes, score, budget, density, min(thresholds), share=share.share(over), excluded=number)
 
 
 def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:

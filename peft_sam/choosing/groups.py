@@ -135,4 +135,4 @@ def choose_by_groups(
         share.select(kept.reach, len(kept.positions))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     lowest, number = min(best.lowest() for best in bests), sum(len(exclude[n]) for n in exclude.keys() & shapes.keys())
-    return Selection(indices, shapes, score, budget, density, lowest, share.share(), excluded=number)
+    return Selection(indices, shapes, score, budget, density, lowest, share=share.share(), excluded=number)

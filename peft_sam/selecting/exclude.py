@@ -27,7 +27,10 @@ def excluded(
         ValueError: if an adapter is not there or has no support yet, or a selection is of parameters of other shapes.
     """
     found: dict[str, list[Tensor]] = {}
-    for one in [exclude] if isinstance(exclude, (str, Selection)) else exclude or ():
+    one_or_more = [] if exclude is None else [exclude] if isinstance(exclude, (str, Selection)) else exclude
+    if not isinstance(one_or_more, Iterable):
+        raise ValueError(f"exclude takes names of adapters and Selections; got a {type(exclude).__name__}.")
+    for one in one_or_more:
         for name, positions in _supports(model, candidates, one).items():
             if name in candidates and len(positions):
                 found.setdefault(name, []).append(positions.cpu())
@@ -36,6 +39,11 @@ def excluded(
 
 def _supports(model: nn.Module, candidates: Mapping[str, Tensor], one: Excluded) -> Mapping[str, Tensor]:
     if isinstance(one, Selection):
+        if not one.shapes.keys() & candidates.keys():
+            raise ValueError(
+                f"the selection in exclude has no parameter in common with the candidates: it has "
+                f"{next(iter(one.shapes), 'none')!r}, the model {next(iter(candidates), 'none')!r}."
+            )
         for name in one.shapes.keys() & candidates.keys():
             if one.shapes[name] != candidates[name].shape:
                 raise ValueError(

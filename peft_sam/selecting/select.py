@@ -153,16 +153,19 @@ def select_parameters(
                     selection.head_warmup_steps = head_warmup_steps
                     tell_if_fewer(selection)
         if selection is None:
-            selection = choose_for(candidates_of(adapted, adapter_name), config)
+            selection = choose_for(candidates_of(adapted, adapter_name), config, left_alone)
         apply_selection(adapted, adapter_name, config, selection)
     if trainer is not None:
         warn_of_rate(trainer, (d.values for d in deltas_of(adapted, adapter_name).values()), selection.share)
     return selection
 
 
-def choose_for(candidates: Mapping[str, Tensor], config: SamConfig) -> Selection:
+def choose_for(
+    candidates: Mapping[str, Tensor], config: SamConfig, exclude: Mapping[str, Tensor] | None = None
+) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
-    found = choose(candidates, score=config.score, density=config.density, budget=config.budget, seed=config.seed)
+    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
+    found = choose(candidates, seed=config.seed, exclude=exclude, **options)
     tell_if_fewer(found)
     return found
 
@@ -182,7 +185,7 @@ def tell_if_fewer(selection: Selection) -> None:
     if selection.k >= asked:
         return
     free = " and are not excluded" if selection.excluded else ""
-    have = f"have a gradient in the pass{free}" if selection.batches else "have a score that is a number"
+    have = f"have a {'gradient in the pass' if selection.batches else 'score that is a number'}{free}"
     text = f"density {selection.density:g} asks for {asked:,} entries, and only {selection.k:,} candidates {have}"
     if not selection.k:
         raise ValueError(f"{text}: nothing would be trained.")

@@ -21,6 +21,9 @@ from peft_sam.selection import Selection
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.tuner.targets import resolve_targets
 
+# What is said of a selection and does not hold for another support.
+OF_ONE_SUPPORT = ("threshold", "share", "excluded")
+
 
 def trained_besides(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained besides SAM adapters, by name: a new head in `modules_to_save`."""
@@ -139,8 +142,10 @@ def support_as(state: Mapping[str, Tensor], config: SamConfig, model: nn.Module,
 def record_counts(
     config: SamConfig, layers: Mapping[str, SamLayer], adapter_name: str, known: Mapping[str, Any] | None = None
 ) -> None:
-    """Write in the config what the adapter has, where that did not come with the config, besides what is `known`."""
+    """Write in the config what the adapter has, where that did not come with the config, besides what is `known` of
+    another support."""
     deltas = {f"{module}.{n}": d for module, layer in layers.items() for n, d in layer.deltas(adapter_name).items()}
     counts = {name: len(delta.values) for name, delta in deltas.items()}
-    about = {**(known or {}), "k": sum(counts.values()), "counts": counts}
+    kept = {key: value for key, value in (known or {}).items() if key not in OF_ONE_SUPPORT}
+    about = {**kept, "k": sum(counts.values()), "counts": counts}
     config.record(about, fingerprints(layers, adapter_name))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from math import inf
+from numbers import Real
 from typing import Any
 
 from torch import nn
@@ -35,7 +37,7 @@ def create_sam_optimizer(
 
     Args:
         model: with SAM adapters whose parameters are selected; those that are active are trained.
-        optimizer_cls: one whose steps do not grow with the gradient: Adam, AdamW, Adafactor, Lion.
+        optimizer_cls: one whose steps grow neither with the gradient nor with the values: Adam, AdamW, Lion.
         lr: learning rate of full fine-tuning.
         head_lr: that of what is trained besides the adapters, such as a new head; `lr` by default.
         options: of the optimizer, for all.
@@ -46,31 +48,33 @@ def create_sam_optimizer(
     """
     head_lr = lr if head_lr is None else head_lr
     for name, rate in (("lr", lr), ("head_lr", head_lr)):
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not rate > 0:
+        if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < inf:
             raise ValueError(f"{name} must be a positive number, a learning rate such as 1e-4; got {rate!r}.")
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
-    values, configs = {}, _sparse(model)
-    for name in configs:
-        held = [id(delta.values) for delta in deltas_of(model, name).values()]
+    groups: list[dict[str, Any]] = []
+    for part, name, config in _adapters(model):
+        held = [id(delta.values) for delta in deltas_of(part, name).values()]
         if found := [trained.pop(one) for one in held if one in trained]:
-            values[name] = found
-    if not values:
+            groups.append({"params": found, "lr": lr / _share(name, config)})
+    if not groups:
         raise ValueError(
             f"no SAM adapter of this {type(model).__name__} is trained: make one with get_peft_model(model, "
             "SamConfig(...)), or activate one with model.set_adapter(...)."
         )
-    rates = {name: lr / (len(values) * _share(name, configs[name])) for name in values}
-    groups = [{"params": values[name], "lr": rates[name]} for name in values]
+    for group in groups:
+        group["lr"] /= len(groups)
     if trained:
         groups.append({"params": list(trained.values()), "lr": head_lr})
     return optimizer_cls(groups, lr=lr, **options)
 
 
-def _sparse(model: nn.Module) -> dict[str, SamConfig]:
-    """The SAM adapters of a model, or of parts of it."""
-    maps = [getattr(module, "peft_config", None) for module in model.modules()]
-    configs = [found for one in maps if isinstance(one, Mapping) for found in one.items()]
-    return {name: config for name, config in configs if isinstance(config, SamConfig)}
+def _adapters(model: nn.Module) -> Iterator[tuple[nn.Module, str, SamConfig]]:
+    """Part, name and config of the SAM adapters of a model or of parts of it; some more than once."""
+    for part in model.modules():
+        configs = getattr(part, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, Mapping) else ():
+            if isinstance(config, SamConfig):
+                yield part, name, config
 
 
 def _share(adapter_name: str, config: SamConfig) -> float:
@@ -86,7 +90,7 @@ def _share(adapter_name: str, config: SamConfig) -> float:
     if not 0 < share <= 1:
         raise ValueError(
             f"adapter {adapter_name!r} does not say which share of the gradient its entries have: it was selected by "
-            "an earlier version, or made of others. Choose its rate yourself: "
+            "an earlier version, made of others, or comes from a state dict alone. Choose its rate yourself: "
             "torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=...)."
         )
     return share

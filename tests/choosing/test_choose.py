@@ -202,6 +202,15 @@ def test_the_share_is_what_the_selected_entries_have_of_the_absolute_gradient(sc
     assert selection.share == pytest.approx(selected / sum(float(t.sum()) for t in reach.values()), rel=1e-3)
 
 
+@pytest.mark.parametrize(("scale", "dtype"), [(3e37, torch.float32), (1.0, torch.float16), (1e-30, torch.float32)])
+def test_a_share_is_a_number_for_gradients_of_any_size_and_leaves_out_nan(scale: float, dtype: torch.dtype) -> None:
+    gradient = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    expected = gradient.topk(10_000).values.sum() / gradient.sum()
+    told = torch.cat([gradient * scale, torch.tensor([float("nan")])]).to(dtype)
+    found = choose({"w": torch.zeros(len(told))}, density=0.1, statistics={"gradient": {"w": told}})
+    assert found.share == pytest.approx(float(expected), rel=1e-3)
+
+
 @pytest.mark.parametrize("score", [name for name, row in SCORES.items() if not row.statistics])
 def test_without_data_the_share_is_that_of_the_entries(score: str) -> None:
     selection = choose(parameters(), score=score, density=0.25)
@@ -234,6 +243,12 @@ def test_a_selection_prints_as_a_short_table() -> None:
     assert "11 samples in 3 batches" in text
     assert "of the gradient" in text
     assert len(text.splitlines()) < 16
+
+
+def test_a_selection_of_an_earlier_version_says_nothing_of_a_share() -> None:
+    selection = some_selection()
+    selection.share = 0.0
+    assert "gradient" not in str(selection)
 
 
 def damage(tensors: dict[str, Tensor], about: dict[str, Any], how: str) -> None:

@@ -75,6 +75,15 @@ def test_an_adapter_its_selection_and_both_exclude_the_same(memory_budget: int |
         assert one.excluded == found[0].excluded
 
 
+def test_a_data_free_score_leaves_them_alone_too() -> None:
+    model = get_peft_model(copy.deepcopy(BASE), config(score="random"), "first")
+    model.add_adapter("second", config(score="random"), low_cpu_mem_usage=True)  # so that it waits
+    second = select_parameters(model, adapter_name="second", exclude="first")
+    first = {name: delta.indices for name, delta in model.base_model.sparse_deltas("first").items()}
+    assert sum(int(torch.isin(second.indices[name], found).sum()) for name, found in first.items()) == 0
+    assert second.k == second.excluded > 0
+
+
 def test_what_is_left_is_said_where_it_is_less_than_was_asked_for() -> None:
     model, first = with_two(density=0.6)
     with pytest.warns(FewerEntriesWarning, match="have a gradient in the pass and are not excluded"):
@@ -97,10 +106,18 @@ def other_shapes() -> Selection:
     return Selection(first.indices, {n: torch.Size((9, *shape)) for n, shape in first.shapes.items()}, "", "", 0.1, 0.0)
 
 
+def other_names() -> Selection:
+    _, first = with_two()
+    indices = {f"model.{name}": found for name, found in first.indices.items()}
+    return Selection(indices, {f"model.{name}": shape for name, shape in first.shapes.items()}, "", "", 0.1, 0.0)
+
+
 WRONG: list[tuple[Any, str]] = [
     (lambda: "third", "exclude names 'third', and the model has no SAM adapter 'third'"),
     (lambda: "second", "the model has no SAM adapter 'second' with selected entries"),
     (lambda: [3], "exclude takes names of adapters and Selections; got a int"),
+    (lambda: 3, "exclude takes names of adapters and Selections; got a int"),
+    (other_names, "the selection in exclude has no parameter in common with the candidates: it has 'model.bert"),
     (other_shapes, r"was made for another base model: .* has shape \(9, "),
 ]
 

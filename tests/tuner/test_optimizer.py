@@ -92,6 +92,21 @@ def test_it_trains_as_values_over_the_share_would_be_trained_at_the_rate(decay: 
     assert any(bool(values.any()) for values in deltas)
 
 
+def test_parts_of_a_model_with_adapters_of_the_same_name_have_rates_of_their_own() -> None:
+    whole = nn.ModuleList([make(task_type=None, score="random", density=density) for density in (0.5, 0.01)])
+    groups = create_sam_optimizer(whole, torch.optim.AdamW, lr=LR).param_groups
+    sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+    assert sizes[0] > 40 * sizes[1]
+    assert [group["lr"] for group in groups] == pytest.approx([LR / 2 / 0.5, LR / 2 / 0.01], rel=0.05)
+
+
+def test_an_adapter_that_takes_another_support_forgets_its_share() -> None:
+    one, other = make(task_type=None, score="random"), make(task_type=None, score="random", density=0.02)
+    other.load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="does not say which share"):
+        create_sam_optimizer(other, torch.optim.AdamW, lr=LR)
+
+
 def trained(folder: Path, resume: str | None = None) -> Any:
     model = make()
     args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
@@ -129,6 +144,7 @@ WRONG: list[tuple[Any, Any, type[Exception], str]] = [
     (lambda: BASE, LR, ValueError, "no SAM adapter of this BertForSequenceClassification is trained"),
     (made_of_others, LR, ValueError, "adapter 'sum' does not say which share"),
     (lambda: make(score="random"), 0.0, ValueError, "^lr must be a positive number, .* got 0.0"),
+    (lambda: make(score="random"), float("inf"), ValueError, "lr must be a positive number, .* got inf"),
     (lambda: make(score="random"), "1e-4", ValueError, "lr must be a positive number, .* got '1e-4'"),
 ]
 
