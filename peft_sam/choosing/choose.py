@@ -50,7 +50,7 @@ def choose(
     """
     statistics, exclude = statistics or {}, exclude or {}
     over = sharing(parameters) if SCORES[score].reads_tensors else None
-    scores, told, share = {}, {}, Share()
+    scores, share = {}, Share()
     for name, parameter in parameters.items():
         inputs = {kind: of[name] for kind, of in statistics.items()}
         part = parameter if over is None else local(parameter)
@@ -61,7 +61,6 @@ def choose(
         if never is not None and over is not None:
             never = within(never, start_of(parameter), start_of(parameter) + part.numel())
         scores[name] = ChunkedScores(score, name, part, inputs, seed, never)
-        told[name] = inputs
         share.add(inputs, scores[name].numel)
     sizes = {name: parameter.numel() for name, parameter in parameters.items()}
     indices, thresholds = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in sizes}, []
@@ -73,12 +72,12 @@ def choose(
     if not thresholds:
         raise_empty(density, sum(sizes.values()) if budget == "global" else max(sizes.values(), default=0))
     for name, found in indices.items():
-        share.select(reach(told[name], found), len(found))
+        share.select(reach(scores[name].statistics, found), len(found))
     if over is not None:
         indices = _together({name: found + start_of(parameters[name]) for name, found in indices.items()}, over)
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    number = sum(len(exclude[name]) for name in exclude.keys() & shapes.keys())
-    return Selection(indices, shapes, score, budget, density, min(thresholds), share=share.share(over), excluded=number)
+    lowest, left = min(thresholds), number_of(exclude, shapes)
+    return Selection(indices, shapes, score, budget, density, lowest, share=share.share(over), excluded=left)
 
 
 def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:
@@ -92,6 +91,11 @@ def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tenso
 def within(positions: Tensor, start: int, stop: int) -> Tensor:
     """Those of the positions from start to before stop, counted from start."""
     return positions[(positions >= start) & (positions < stop)] - start
+
+
+def number_of(exclude: Mapping[str, Tensor], names: Iterable[str]) -> int:
+    """How many entries of these parameters are excluded."""
+    return sum(len(exclude[name]) for name in names if name in exclude)
 
 
 def entries_asked_for(sizes: Iterable[int], density: float, budget: str) -> int:
@@ -121,7 +125,7 @@ class ChunkedScores:
         seed: int,
         never: Tensor | None = None,
     ) -> None:
-        self.row, self.name, self.never = SCORES[score], name, never
+        self.row, self.name, self.statistics, self.never = SCORES[score], name, statistics, never
         self.numel = next(iter(statistics.values()), parameter).numel()
         # the CPU generator reads 32 bits of its seed
         self.seed = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:4], "little")

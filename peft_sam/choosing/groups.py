@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from peft_sam.choosing.choose import ChunkedScores, raise_empty, within
+from peft_sam.choosing.choose import ChunkedScores, number_of, raise_empty, within
 from peft_sam.choosing.share import Share, reach
 from peft_sam.choosing.sums import raise_no_gradient
 from peft_sam.choosing.threshold import budget_of, largest
@@ -40,14 +40,14 @@ def groups_within(sizes: Mapping[str, int], entries: int) -> Sequence[Group]:
 class _Kept:
     """The best entries of one piece: their positions in the parameter, the bits of their scores, and their reach."""
 
-    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores, statistics: Mapping[str, Tensor]) -> None:
+    def __init__(self, start: int, positions: Tensor, scores: ChunkedScores) -> None:
         found, begin = [], 0
         for chunk in scores():
             inside = within(positions, begin, begin + len(chunk))
             found.append(chunk.cpu().index_select(0, inside))
             begin += len(chunk)
         self.positions, self.bits = positions + start, torch.cat(found)
-        self.reach = reach(statistics, positions)
+        self.reach = reach(scores.statistics, positions)
 
     def __call__(self) -> Sequence[Tensor]:
         return (self.bits,)
@@ -64,15 +64,13 @@ class _Best:
     def __init__(self, names: Sequence[str], k: int) -> None:
         self.k, self.pieces = k, {name: list[_Kept]() for name in names}
 
-    def add(
-        self, group: Group, scores: Mapping[str, ChunkedScores], statistics: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
-        """See the scores of a group's pieces, and the statistics that they are from, by parameter."""
+    def add(self, group: Group, scores: Mapping[str, ChunkedScores]) -> None:
+        """See the scores of a group's pieces."""
         mine = {name: scores[name] for name in self.pieces if name in group}
         k = min(self.k, sum(of_one.numel for of_one in mine.values()))
         positions, _ = largest(mine, k)
         for name, of_one in mine.items():
-            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one, statistics[name]))
+            self.pieces[name].append(_Kept(group[name][0], positions[name], of_one))
         flat = {f"{name} {i}": piece for name, pieces in self.pieces.items() for i, piece in enumerate(pieces)}
         winners, _ = largest(flat, min(self.k, sum(len(piece.bits) for piece in flat.values())))
         for key, piece in flat.items():
@@ -127,12 +125,12 @@ def choose_by_groups(
         for name, of_one in scores.items():
             share.add(inputs[name], of_one.numel)
         for best in bests:
-            best.add(group, scores, inputs)
+            best.add(group, scores)
     if not reached:
         raise_no_gradient(len(parameters))
     indices = {name: best.indices(name) for best in bests for name in best.pieces}
     for kept in (piece for best in bests for pieces in best.pieces.values() for piece in pieces):
         share.select(kept.reach, len(kept.positions))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    lowest, number = min(best.lowest() for best in bests), sum(len(exclude[n]) for n in exclude.keys() & shapes.keys())
-    return Selection(indices, shapes, score, budget, density, lowest, share=share.share(), excluded=number)
+    lowest, left = min(best.lowest() for best in bests), number_of(exclude, shapes)
+    return Selection(indices, shapes, score, budget, density, lowest, share=share.share(), excluded=left)

@@ -91,8 +91,12 @@ def select_by_data(
     candidates = candidates_of(adapted, adapter_name)
     batches, loss = source.batches, source.loss
     passes = _passes(candidates, config, memory_budget)
-    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
-    options["exclude"] = exclude
+    options: dict[str, Any] = {
+        "score": config.score,
+        "density": config.density,
+        "budget": config.budget,
+        "exclude": exclude,
+    }
     if "movement" in config.statistics:
         steps, besides = _steps(source, max_batches, processes), trained_besides(model)
         found = rehearse(model, candidates, besides, batches, loss, steps=steps, processes=processes, progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 # The lowest and the highest of the rates, times the share of the gradient that the selected entries have, that were
 # best of those tried: AdamW, supervised, MiniLM on three tasks and SmolLM2-135M on text (`docs/rates.md`).
@@ -51,8 +51,3 @@ class RateCheck(TrainerCallback):
                 stacklevel=2,
             )
             return
-
-
-def warn_of_rate(trainer: Trainer, values: Iterable[Tensor], share: float) -> None:
-    """Have a Trainer say it when training begins: an optimizer may be made until then."""
-    trainer.add_callback(RateCheck(values, share))

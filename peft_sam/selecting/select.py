@@ -22,7 +22,7 @@ from peft_sam.layers.found import deltas_of, sam_layers
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.exclude import Excluded, excluded
 from peft_sam.selecting.passes import select_by_data
-from peft_sam.selecting.rates import warn_of_rate
+from peft_sam.selecting.rates import RateCheck
 from peft_sam.selecting.taken import check_not_taken
 from peft_sam.selecting.twin import sharded_twin
 from peft_sam.selection import Selection
@@ -156,7 +156,8 @@ def select_parameters(
             selection = choose_for(candidates_of(adapted, adapter_name), config, left_alone)
         apply_selection(adapted, adapter_name, config, selection)
     if trainer is not None:
-        warn_of_rate(trainer, (d.values for d in deltas_of(adapted, adapter_name).values()), selection.share)
+        values = (delta.values for delta in deltas_of(adapted, adapter_name).values())
+        trainer.add_callback(RateCheck(values, selection.share))  # an optimizer may be made until training begins
     return selection
 
 
@@ -164,8 +165,14 @@ def choose_for(
     candidates: Mapping[str, Tensor], config: SamConfig, exclude: Mapping[str, Tensor] | None = None
 ) -> Selection:
     """`choose` as a config says, for a score that needs no data."""
-    options: dict[str, Any] = {"score": config.score, "density": config.density, "budget": config.budget}
-    found = choose(candidates, seed=config.seed, exclude=exclude, **options)
+    found = choose(
+        candidates,
+        score=config.score,
+        density=config.density,
+        budget=config.budget,
+        seed=config.seed,
+        exclude=exclude,
+    )
     tell_if_fewer(found)
     return found
 

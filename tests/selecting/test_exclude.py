@@ -52,7 +52,8 @@ def test_the_second_adapter_takes_the_best_of_what_the_first_leaves(score: str, 
     assert shared(first, second) == 0
     assert second.k == first.k == second.excluded
     assert second.threshold <= first.threshold
-    assert second.share < first.share
+    if score != "sam_curvature":  # which does not order entries by what the share sums
+        assert second.share < first.share
     assert model.peft_config["second"].selection["excluded"] == first.k
     assert f"without {first.k:,} entries that were excluded" in str(second)
 
