@@ -119,10 +119,10 @@ class AnyOrder(RuleBasedStateMachine):
         assert sum(map(len, self.supports[str(name)].values())) == selection.k
         assert not any(bool(delta.any()) for delta in self.deltas[str(name)].values())
 
-    @precondition(lambda self: len(self.deltas) > 1 and not self.merged)
+    @precondition(lambda self: set(self.deltas) - set(self.active) and not self.merged)
     @rule(data=st.data())
     def delete(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(set(self.deltas) - set(self.active))) or st.nothing())
+        name = data.draw(st.sampled_from(sorted(set(self.deltas) - set(self.active))))
         self.model.delete_adapter(name)
         del self.deltas[name], self.supports[name]
 
