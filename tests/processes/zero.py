@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
@@ -41,6 +42,8 @@ def main() -> None:
             "zero_allow_untested_optimizer": True,
         }
     )
+    # sums by shared memory, which take a minute to compile; without them gloo sums
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if number > 1:
         # Accelerate gives models to DeepSpeed on accelerators only, by code that runs on CPUs too
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.DEEPSPEED

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_sam import Selection
-from tests.processes.launch import PATIENCE, launch, start
+from tests.processes.launch import launch, start
 from tests.processes.selecting import SCENARIOS
 
 
@@ -117,19 +117,19 @@ def test_zero_3_selects_trains_and_saves_what_one_process_does(tmp_path: Path) -
     torch.testing.assert_close(taken_apart, whole, rtol=1e-4, atol=1e-7)
 
 
-def fail(failure: str, sharded: str) -> list[str]:
+def fail(failure: str, sharded: str, folder: Path) -> list[str]:
     """What each of two processes printed when the second failed."""
-    both = start("fail", failure, sharded, processes=2)
-    first = both[0].communicate(timeout=PATIENCE)[0]
+    both = start("fail", failure, sharded, processes=2, folder=folder)
+    first = both[0].printed()
     if failure == "hang":
-        both[1].kill()
-    return [first, both[1].communicate(timeout=PATIENCE)[0]]
+        both[1].process.kill()
+    return [first, both[1].printed()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["sharded", "whole"])
-def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batch(sharded: str) -> None:
-    first, second = fail("NaN", sharded)
+def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batch(sharded: str, tmp_path: Path) -> None:
+    first, second = fail("NaN", sharded, tmp_path)
     assert "FloatingPointError: the loss of batch 2 is nan" in second
     assert "RuntimeError: process 1 failed, and nothing was selected: FloatingPointError: the loss of batch 2" in first
     assert first.count("pending True, training True") == second.count("pending True, training True") == 1
@@ -137,8 +137,10 @@ def test_a_nan_on_one_process_ends_all_with_an_error_that_names_process_and_batc
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("failure", "sharded"), [("death", "sharded"), ("death", "whole"), ("hang", "whole")])
-def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(failure: str, sharded: str) -> None:
-    first, _ = fail(failure, sharded)
+def test_a_process_that_dies_or_hangs_ends_the_others_within_the_timeout(
+    failure: str, sharded: str, tmp_path: Path
+) -> None:
+    first, _ = fail(failure, sharded, tmp_path)
     assert "LostProcessError: process 0 lost another process" in first
     assert "(process 1, last seen at batch 2)" in first
     assert "pending True, training True" in first
