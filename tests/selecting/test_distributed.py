@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,20 +15,25 @@ from peft_sam import Selection
 from tests.processes.launch import launch, start
 from tests.processes.selecting import SCENARIOS
 
+# numbers of processes; the gate has the fewest and the most of a kind
+SOME = [2, pytest.param(3, marks=pytest.mark.extra), 4]
+UNEVEN = [pytest.param(2, marks=pytest.mark.extra), 3]
+By = Callable[[int], Path]
+
 
 @pytest.fixture(scope="module")
-def selections(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def selections(tmp_path_factory: pytest.TempPathFactory) -> By:
     """Number of processes → the folder with what each of them selected in each scenario."""
     folder = tmp_path_factory.mktemp("selections")
-    return {processes: launch("selecting", processes, folder / str(processes)) for processes in (1, 2, 3, 4)}
+    return cache(lambda processes: launch("selecting", processes, folder / str(processes)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("processes", SOME)
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
-def test_many_processes_select_what_one_selects(selections: dict[int, Path], scenario: str, processes: int) -> None:
-    one = Selection.load(selections[1] / f"{scenario}-0.safetensors")
-    every = [Selection.load(selections[processes] / f"{scenario}-{r}.safetensors") for r in range(processes)]
+def test_many_processes_select_what_one_selects(selections: By, scenario: str, processes: int) -> None:
+    one = Selection.load(selections(1) / f"{scenario}-0.safetensors")
+    every = [Selection.load(selections(processes) / f"{scenario}-{r}.safetensors") for r in range(processes)]
     for selection in every:
         assert selection.samples == one.samples
         assert selection.share == pytest.approx(one.share, rel=2e-3)
@@ -38,10 +45,10 @@ def test_many_processes_select_what_one_selects(selections: dict[int, Path], sce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3, 4])
-def test_the_number_of_collectives_does_not_grow_with_the_batches(selections: dict[int, Path], processes: int) -> None:
+@pytest.mark.parametrize("processes", SOME)
+def test_the_number_of_collectives_does_not_grow_with_the_batches(selections: By, processes: int) -> None:
     for rank in range(processes):
-        few, many = json.loads((selections[processes] / f"collectives-{rank}.json").read_text())
+        few, many = json.loads((selections(processes) / f"collectives-{rank}.json").read_text())
         # one sum per candidate parameter, of the samples, and of the errors
         assert 0 < few == many <= 40
 
@@ -62,18 +69,18 @@ def test_two_processes_train_as_one(trained: list[dict[str, dict[str, torch.Tens
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> By:
     """Number of processes → the folder with what was selected, trained and saved on shards; one: on a whole model."""
     folder = tmp_path_factory.mktemp("sharded")
-    return {processes: launch("shard", processes, folder / str(processes)) for processes in (1, 2, 3)}
+    return cache(lambda processes: launch("shard", processes, folder / str(processes)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", UNEVEN)
 @pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "sam apart", "accelerate"])
-def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Path], what: str, processes: int) -> None:
-    one = Selection.load(sharded[1] / f"{what}-0.safetensors")
-    every = [Selection.load(sharded[processes] / f"{what}-{r}.safetensors") for r in range(processes)]
+def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: By, what: str, processes: int) -> None:
+    one = Selection.load(sharded(1) / f"{what}-0.safetensors")
+    every = [Selection.load(sharded(processes) / f"{what}-{r}.safetensors") for r in range(processes)]
     assert all(selection.samples == one.samples == 23 for selection in every)
     assert all(selection.batches == one.batches or what == "accelerate" for selection in every)
     for selection in every:
@@ -83,25 +90,23 @@ def test_a_sharded_model_selects_what_a_whole_one_selects(sharded: dict[int, Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", UNEVEN)
 @pytest.mark.parametrize("what", ["sam", "fisher", "sam_curvature", "magnitude", "random", "accelerate"])
-def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(
-    sharded: dict[int, Path], what: str, processes: int
-) -> None:
-    one, many = (load_file(sharded[n] / what / "adapter_model.safetensors") for n in (1, processes))
+def test_a_sharded_model_trains_saves_and_loads_as_a_whole_one(sharded: By, what: str, processes: int) -> None:
+    one, many = (load_file(sharded(n) / what / "adapter_model.safetensors") for n in (1, processes))
     torch.testing.assert_close(many, one, rtol=1e-4, atol=1e-7)
     assert any(bool(tensor.any()) for key, tensor in one.items() if key.endswith(".values"))
     if what != "accelerate":
-        expected = torch.load(sharded[1] / f"{what}-0.logits")
+        expected = torch.load(sharded(1) / f"{what}-0.logits")
         for rank in range(processes):
-            torch.testing.assert_close(torch.load(sharded[processes] / f"{what}-{rank}.logits"), expected)
+            torch.testing.assert_close(torch.load(sharded(processes) / f"{what}-{rank}.logits"), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_each_process_holds_only_its_shard_of_the_statistics(sharded: dict[int, Path], processes: int) -> None:
-    whole = json.loads((sharded[1] / "held-0.json").read_text())
-    held = [json.loads((sharded[processes] / f"held-{rank}.json").read_text()) for rank in range(processes)]
+@pytest.mark.parametrize("processes", UNEVEN)
+def test_each_process_holds_only_its_shard_of_the_statistics(sharded: By, processes: int) -> None:
+    whole = json.loads((sharded(1) / "held-0.json").read_text())
+    held = [json.loads((sharded(processes) / f"held-{rank}.json").read_text()) for rank in range(processes)]
     assert sum(held) == whole
     assert max(held) <= whole / processes * 1.1  # rows are not always divisible
 
