@@ -66,7 +66,6 @@ def methods(bed: Bed, rank: int) -> list[str]:
         f"lora:r={rank}",
         f"random:{density}",
         f"sam:{density},{batches}",
-        f"mixed:{density},{batches},power=0.25",
         f"movement:{density},max_batches={bed.rehearsal}",
     ]
     if rank == 1:

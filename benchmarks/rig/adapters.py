@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,14 +13,8 @@ from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_pef
 from torch import Tensor, nn
 
 from benchmarks.rig.method import Method, Setup, mean_loss, named_head, named_rest
-from benchmarks.rig.rates import Rates
 from peft_sam import SamConfig, create_sam_optimizer, select_parameters
 from peft_sam.choosing.dense import train_densely
-
-# On how many batches the curvature is measured that rates of entries fall with.
-BATCHES_OF_RATES = 8
-# The name of the adapter whose entries are drawn at random, beside the one of those that are chosen.
-DRAWN = "drawn"
 
 
 class Full(Method):
@@ -103,23 +97,15 @@ class Sparse(Adapter):
     Attributes:
         score, budget, damping: as in `SamConfig`.
         max_batches, train_mode: as in `select_parameters`.
-        scale: learning rate of the values over that of the run. To AdamW this is Δ = scale · v with v at the run's
-            rate, but for the clipping of gradients and for its ε.
-        decay: weight decay of the values alone, towards the pretrained model; times their learning rate, as in AdamW.
-        power: of the curvature that an entry's own learning rate falls with (`Rates`); 0 for one rate of all.
-        full_rate: whether the run's rate is that of full fine-tuning (`create_sam_optimizer`), whatever `scale` says.
+        full_rate: whether the run's rate is that of full fine-tuning (`create_sam_optimizer`).
     """
 
     name: ClassVar[str] = "sam"
-    rates: ClassVar[Rates | None] = None
     score: str = "sam"
     budget: Literal["global", "tensor"] = "global"
     damping: float = 0.1
     max_batches: int | None = None
     train_mode: bool = False
-    scale: float = 1.0
-    decay: float | None = None
-    power: float = 0.0
     full_rate: bool = False
 
     def config(self, model: nn.Module, setup: Setup) -> SamConfig:
@@ -139,11 +125,6 @@ class Sparse(Adapter):
         self.select(adapted, setup)
         return adapted
 
-    def after_step(self, model: nn.Module, step: int) -> None:
-        """Rates of their own."""
-        if self.rates is not None:
-            self.rates.step()
-
     def adapted(self, model: nn.Module, setup: Setup) -> nn.Module:
         """The model with the adapter, pending where the score needs data."""
         adapted: Any = get_peft_model(model, self.config(model, setup))
@@ -152,51 +133,18 @@ class Sparse(Adapter):
         return adapted
 
     def select(self, adapted: Any, setup: Setup) -> None:
-        """Choose the entries, where that is still to be done, and their rates."""
+        """Choose the entries, where that is still to be done."""
         if adapted.active_peft_config.needs_data:
             select_parameters(
                 adapted, setup.batches, max_batches=self.max_batches, train_mode=self.train_mode, progress=False
             )
-        self.rates = Rates(adapted, setup.batches, BATCHES_OF_RATES, self.power) if self.power else None
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
-        """The values of the adapter "default" at a rate of their own, the others at the run's."""
-        if self.full_rate:
-            every = create_sam_optimizer(model, torch.optim.AdamW, lr=lr).param_groups
-            return [{"params": group["params"], "lr": group["lr"]} for group in every]
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        values = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." in name]
-        others = [parameter for name, parameter in trained.items() if "sam_sparse_delta.default." not in name]
-        decay = {} if self.decay is None else {"weight_decay": self.decay}
-        groups = [{"params": values, "lr": self.scale * lr, **decay}, {"params": others, "lr": lr}]
-        return [group for group in groups if group["params"]]
-
-
-@dataclass
-class Mixed(Sparse):
-    """A sparse adapter of chosen entries and beside it, as a second adapter, one of entries drawn at random.
-
-    The chosen ones act together, and the others hardly do, so that each wants a rate of its own: `scale` times the
-    run's for the chosen ones, and the run's for the others.
-
-    Attributes:
-        share: of the density for the chosen ones.
-    """
-
-    name: ClassVar[str] = "mixed"
-    scale: float = 0.04
-    share: float = 0.5
-
-    def config(self, model: nn.Module, setup: Setup) -> SamConfig:
-        """Of the chosen entries."""
-        return super().config(model, replace(setup, density=self.share * setup.density))
-
-    def select(self, adapted: Any, setup: Setup) -> None:
-        """Choose the one half, and draw the other."""
-        drawn = replace(self, score="random", share=1 - self.share)
-        adapted.add_adapter(DRAWN, drawn.config(adapted.get_base_model(), setup))
-        adapted.base_model.set_adapter(["default", DRAWN])
-        super().select(adapted, setup)
+        """All at the run's rate, or the values at that over their share of the gradient."""
+        if not self.full_rate:
+            return super().groups(model, lr)
+        every = create_sam_optimizer(model, torch.optim.AdamW, lr=lr).param_groups
+        return [{"params": group["params"], "lr": group["lr"]} for group in every]
 
 
 class LowRank(nn.Module):
@@ -221,12 +169,14 @@ class Hybrid(Sparse):
     Attributes:
         r, alpha: of the low-rank pairs, which are trained at the run's rate.
         warm: steps in which the pairs and the head are trained alone, at the same rate, before the entries are chosen.
+        scale: learning rate of the sparse values over that of the run.
     """
 
     name: ClassVar[str] = "hybrid"
     r: int = 1
     alpha: int = 8
     warm: int = 0
+    scale: float = 1.0
 
     def start(self, model: nn.Module, setup: Setup) -> nn.Module:
         """Add the pairs, warm them up, and choose entries with them in place."""
@@ -246,6 +196,13 @@ class Hybrid(Sparse):
             pair.requires_grad_(True)
         self.select(adapted, setup)
         return adapted
+
+    def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
+        """The sparse values at a rate of their own, the others at the run's."""
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        values = [parameter for name, parameter in trained.items() if ".sam_sparse_delta." in name]
+        others = [parameter for name, parameter in trained.items() if ".sam_sparse_delta." not in name]
+        return [{"params": values, "lr": self.scale * lr}, {"params": others, "lr": lr}]
 
     def stored_bytes(self, model: Any, setup: Setup) -> int:
         """The sparse half's file, and the numbers of the pairs."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from benchmarks.rig.adapters import BitFit, Full, Hybrid, Lora, Mixed, Shira, Sparse, Supertuning
+from benchmarks.rig.adapters import BitFit, Full, Hybrid, Lora, Shira, Sparse, Supertuning
 from benchmarks.rig.diffpruning import DiffPruning
 from benchmarks.rig.method import Method
 
@@ -29,7 +29,6 @@ METHODS: dict[str, Callable[..., Method]] = {
     "shira": Shira,
     "supertuning": Supertuning,
     "hybrid": Hybrid,
-    "mixed": Mixed,
 }
 # Options that every method has: they change the run around it.
 OF_THE_RUN: dict[str, Any] = {

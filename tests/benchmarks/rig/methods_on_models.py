@@ -14,7 +14,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from benchmarks.rig.adapters import Hybrid, Mixed, Sparse
+from benchmarks.rig.adapters import Hybrid, Sparse
 from benchmarks.rig.diffpruning import DiffPruning
 from benchmarks.rig.method import Method, Setup
 from tests.shared.cases import VOCABULARY, bert
@@ -56,8 +56,6 @@ METHODS: dict[str, Callable[[], Method]] = {
     "DiffPruning": DiffPruning,
     "DiffPruning, projected every 3 steps": lambda: DiffPruning(burn_in=1.0, project_every=3),
     "SAM": Sparse,
-    "SAM, rates by curvature": lambda: Sparse(power=0.25),
-    "mixed": Mixed,
     "hybrid": Hybrid,
     "hybrid, warmed": lambda: Hybrid(r=2, warm=3, scale=0.5),
 }

@@ -114,13 +114,12 @@ def test_pairs_that_are_still_zero_change_nothing_about_the_entries_that_are_cho
     assert len(chosen[0]) == len(chosen[2]) > 0
 
 
-def test_the_sparse_values_have_a_rate_and_a_decay_of_their_own() -> None:
+def test_the_sparse_values_beside_pairs_have_a_rate_of_their_own() -> None:
     model, setup = make()
-    ready = Hybrid(scale=0.25, decay=0.5)
+    ready = Hybrid(scale=0.25)
     adapted = ready.start(model, setup)
     values, others = ready.groups(adapted, lr=1e-2)
-    assert (values["lr"], values["weight_decay"], others["lr"]) == (0.25e-2, 0.5, 1e-2)
-    assert "weight_decay" not in others
+    assert (values["lr"], others["lr"]) == (0.25e-2, 1e-2)
     entries = sum(p.numel() for p in values["params"])
     assert entries == int(
         DENSITY * sum(p.numel() for n in setup.candidates for p in make()[0].get_submodule(n).parameters())
