@@ -95,6 +95,17 @@ class SamConfig(PeftConfig):
             "Conv1D is recognised by its type."
         },
     )
+    r: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of a pair B·A, as LoRA's, trained beside the delta of each linear layer's weight, where that "
+            "is tied to no other; None for none."
+        },
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "α: a pair changes the weight by α/r · B·A. None for 2 r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Share of a pair's inputs that training drops."})
     seed: int = field(
         default=0, metadata={"help": "Seed of the scores 'random' and 'bias' and of Hutchinson's probes."}
     )
@@ -143,6 +154,8 @@ class SamConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = SAM_SPARSE
         self._check()
+        if self.r is not None and self.lora_alpha is None:
+            self.lora_alpha = 2.0 * self.r
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's convention
         if isinstance(self.exclude_modules, (list, tuple)):
@@ -177,6 +190,7 @@ class SamConfig(PeftConfig):
             raise ValueError(f"probes must be a positive integer; got {shown(self.probes)}.")
         if isinstance(self.damping, bool) or not isinstance(self.damping, (int, float)) or not 0 < self.damping < inf:
             raise ValueError(f"damping must be a positive number; got {shown(self.damping)}.")
+        self._check_pairs()
         regex = isinstance(self.target_modules, str) and self.target_modules not in SHORTHANDS
         if regex and self.layers_to_transform is not None:
             raise ValueError(
@@ -191,6 +205,22 @@ class SamConfig(PeftConfig):
             raise ValueError(f"save_dtype must be None or one of {list(SAVE_DTYPES)}; got {shown(self.save_dtype)}.")
         if self.selection is not None:
             check_selection(self.selection)
+
+    def _check_pairs(self) -> None:
+        r, alpha, dropout = self.r, self.lora_alpha, self.lora_dropout
+        if r is not None and (isinstance(r, bool) or not isinstance(r, int) or not 1 <= r < LARGEST):
+            raise ValueError(f"r is the rank of low-rank pairs, a positive integer, or None for none; got {shown(r)}.")
+        if alpha is not None and (
+            isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < LARGEST
+        ):
+            raise ValueError(f"lora_alpha must be a positive number, or None for 2 * r; got {shown(alpha)}.")
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"lora_dropout is a share, 0 <= lora_dropout < 1; got {shown(dropout)}.")
+        if r is None and (alpha is not None or dropout):
+            raise ValueError(
+                f"lora_alpha={shown(alpha)} and lora_dropout={shown(dropout)} are of low-rank pairs, and r=None asks "
+                "for none: set r, or leave them out."
+            )
 
     def for_one_adapter(self) -> SamConfig:
         """A copy that an adapter can fill in, so that one config makes many adapters."""

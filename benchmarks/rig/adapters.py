@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.rig.method import Method, Setup, mean_loss, named_head, named_rest
+from benchmarks.rig.method import Method, Setup, named_head, named_rest
 from peft_sam import SamConfig, create_sam_optimizer, select_parameters
-from peft_sam.choosing.dense import train_densely
 
 
 class Full(Method):
@@ -120,24 +118,15 @@ class Sparse(Adapter):
         )
 
     def start(self, model: nn.Module, setup: Setup) -> nn.Module:
-        """Add the adapter and select on the training batches."""
-        adapted = self.adapted(model, setup)
-        self.select(adapted, setup)
-        return adapted
-
-    def adapted(self, model: nn.Module, setup: Setup) -> nn.Module:
-        """The model with the adapter, pending where the score needs data."""
+        """Add the adapter, and select on the training batches where the score needs them."""
         adapted: Any = get_peft_model(model, self.config(model, setup))
         for _, parameter in named_head(adapted, setup):
             parameter.requires_grad_(True)
-        return adapted
-
-    def select(self, adapted: Any, setup: Setup) -> None:
-        """Choose the entries, where that is still to be done."""
         if adapted.active_peft_config.needs_data:
             select_parameters(
                 adapted, setup.batches, max_batches=self.max_batches, train_mode=self.train_mode, progress=False
             )
+        return adapted
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """All at the run's rate, or the values at that over their share of the gradient."""
@@ -147,55 +136,24 @@ class Sparse(Adapter):
         return [{"params": group["params"], "lr": group["lr"]} for group in every]
 
 
-class LowRank(nn.Module):
-    """alpha/r · B·A·x, added to what a layer makes of x; A as PEFT's LoRA starts it, B = 0."""
-
-    def __init__(self, layer: nn.Linear, r: int, alpha: int) -> None:
-        super().__init__()
-        self.scale = alpha / r
-        self.a = nn.Parameter(layer.weight.new_empty(r, layer.in_features))
-        self.b = nn.Parameter(layer.weight.new_zeros(layer.out_features, r))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
-
-    def forward(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The output with it; a forward hook of the layer."""
-        return output + self.scale * nn.functional.linear(nn.functional.linear(inputs[0], self.a), self.b)
-
-
 @dataclass
 class Hybrid(Sparse):
-    """A low-rank pair beside a sparse delta in each linear layer (RoSA, Nikdan et al. 2024, arXiv 2401.04679).
+    """A low-rank pair beside the sparse delta of each linear layer (RoSA, Nikdan et al. 2024, arXiv 2401.04679).
 
     Attributes:
-        r, alpha: of the low-rank pairs, which are trained at the run's rate.
-        warm: steps in which the pairs and the head are trained alone, at the same rate, before the entries are chosen.
+        r, alpha: of the pairs, which are trained at the run's rate.
         scale: learning rate of the sparse values over that of the run.
     """
 
     name: ClassVar[str] = "hybrid"
-    r: int = 1
-    alpha: int = 8
-    warm: int = 0
+    score: str = "random"
+    r: int = 4
+    alpha: float = 8
     scale: float = 1.0
 
-    def start(self, model: nn.Module, setup: Setup) -> nn.Module:
-        """Add the pairs, warm them up, and choose entries with them in place."""
-        layers = linear(model, setup)
-        pairs = {name: LowRank(layer, self.r, self.alpha) for name, layer in layers.items()}
-        model.low_rank = nn.ModuleList(pairs.values())
-        if self.warm:
-            hooks = [layers[name].register_forward_hook(pair) for name, pair in pairs.items()]
-            trained = {**dict(model.low_rank.named_parameters()), **dict(named_head(model, setup))}
-            options = {"what": "low-rank warm-up", "steps": self.warm, "lr": setup.lr, "progress": False}
-            train_densely(model, trained, setup.batches, mean_loss(model), clip=1.0, **options)
-            for hook in hooks:
-                hook.remove()
-        adapted: Any = self.adapted(model, setup)
-        for name, pair in pairs.items():
-            adapted.get_base_model().get_submodule(name).register_forward_hook(pair)
-            pair.requires_grad_(True)
-        self.select(adapted, setup)
-        return adapted
+    def config(self, model: nn.Module, setup: Setup) -> SamConfig:
+        """That of the sparse half, with pairs."""
+        return replace(super().config(model, setup), r=self.r, lora_alpha=float(self.alpha))
 
     def groups(self, model: nn.Module, lr: float) -> list[dict[str, Any]]:
         """The sparse values at a rate of their own, the others at the run's."""
@@ -203,11 +161,6 @@ class Hybrid(Sparse):
         values = [parameter for name, parameter in trained.items() if ".sam_sparse_delta." in name]
         others = [parameter for name, parameter in trained.items() if ".sam_sparse_delta." not in name]
         return [{"params": values, "lr": self.scale * lr}, {"params": others, "lr": lr}]
-
-    def stored_bytes(self, model: Any, setup: Setup) -> int:
-        """The sparse half's file, and the numbers of the pairs."""
-        pairs = model.get_base_model().low_rank.parameters()
-        return super().stored_bytes(model, setup) + sum(p.numel() * p.element_size() for p in pairs)
 
 
 @dataclass

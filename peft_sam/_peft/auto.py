@@ -82,7 +82,7 @@ def _renamed(model: nn.Module, renamings: list[WeightRenaming]) -> Callable[[str
 
     def renamed(key: str) -> str:
         new: str = rename_source_key(key, renamings, [])[0]
-        parts = new.partition(".sam_sparse_delta.")[0].split(".")
+        parts = new.partition(".sam_sparse_")[0].split(".")
         there = any(".".join(parts[:end]) in modules for end in (len(parts), len(parts) - 1) if end)
         return new if there else key
 

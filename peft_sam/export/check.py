@@ -74,10 +74,17 @@ def _same_weight(part: Part, layer: Any, squares: tuple[float, float] | None) ->
         left = layer.get_delta_weight("default").detach().double().flatten()
         whole = float(left.square().sum())
         left[indices] -= values.double()
+        if part.pair is not None:
+            left -= part.pair.dense().detach().double().flatten()
         missing, norm = squares
         return abs(float(left.square().sum()) - missing) <= CLOSE * max(norm, whole)
     expected = part.base.detach().flatten()
     expected = expected.index_copy(0, indices, changed(expected[indices], values))
+    if part.pair is not None:  # which is in the file itself
+        mine, alpha = dict(part.pair.named_parameters()), layer.supertuning_lora_alpha["default"]
+        there = {name: getattr(layer, f"supertuning_{name}")["default"].weight for name in mine}
+        if alpha != part.pair.alpha or not all(_same(mine[name], there[name]) for name in mine):
+            return False
     if hasattr(layer, "supertuning_indices"):
         places, numbers = layer.supertuning_indices["default"].long(), layer.supertuning_values["default"].detach()
         return _same(expected, part.base.detach().flatten().scatter_add(0, places, numbers.to(expected.dtype)))
@@ -147,9 +154,9 @@ def _check_values(adapter: Adapter, bare: nn.Module, loaded: nn.Module) -> None:
     names = {id(parameter): name for name, parameter in bare.named_parameters()}
     there: Mapping[str, Tensor] = dict(loaded.named_parameters(remove_duplicate=False))
     for part in adapter.parts:
-        indices, name = part.delta.checked_indices(), names.get(id(part.base), part.name)
-        new = changed(part.base.detach().take(indices), part.delta.values.detach())
-        if name not in there or not _same(new, there[name].detach().take(indices.to(there[name].device))):
+        (indices, new), name = part.after(), names.get(id(part.base), part.name)
+        found = there[name].detach().flatten() if name in there else None
+        if found is None or not _same(new, found if indices is None else found[indices.to(found.device)]):
             raise ValueError(f"transformers loads other values of {name!r} than θ⁰ + Δ")
     for name, head in adapter.named_heads():
         if not _same(head, there.get(name)):

@@ -81,12 +81,14 @@ class Format(NamedTuple):
         check: reads it back by the loader that it is for; a ValueError says what does not come back.
         holds: whether a delta can be written in this way.
         what: what it holds, for an error.
+        pairs: whether it holds low-rank pairs, too.
     """
 
     write: Callable[..., Squares | None]
     check: Check
     holds: Callable[[Part], bool]
     what: str
+    pairs: bool = False
 
 
 def write_merged(adapter: Adapter, folder: Path) -> None:
@@ -136,10 +138,10 @@ def _write_stock(adapter: Adapter, stock: StockAdapter, folder: Path) -> None:
 
 
 FORMATS = {
-    "supertuning": Format(_stock(supertuning), check_stock, is_linear_weight, HALF_OR_SINGLE),
+    "supertuning": Format(_stock(supertuning), check_stock, is_linear_weight, HALF_OR_SINGLE, pairs=True),
     "shira": Format(_stock(shira), check_stock, is_linear_weight, HALF_OR_SINGLE),
-    "lora": Format(_stock(lora), check_stock, is_low_rank_target, LINEAR_OR_EMBEDDING),
-    "merged": Format(write_merged, check_merged, lambda part: part.readable, "any parameter in memory"),
+    "lora": Format(_stock(lora), check_stock, is_low_rank_target, LINEAR_OR_EMBEDDING, pairs=True),
+    "merged": Format(write_merged, check_merged, lambda part: part.readable, "any parameter in memory", pairs=True),
     "checkpoint_patch": Format(write_patch, check_patch, lambda part: part.readable, "any parameter in memory"),
 }
 
@@ -169,7 +171,7 @@ def export_adapter(
     Args:
         model: a PEFT model with a SAM adapter that has its support and is not merged.
         path: a new or empty folder. It is written whole or not at all.
-        rank: of "lora", 16 by default; smaller where that loses nothing.
+        rank: of "lora", 16 by default; smaller where that loses nothing. Low-rank pairs come with their own besides.
         tokenizer: of "merged", or a processor, saved beside the model; None for the base's own, if it has one.
         batch: what the model takes, to measure what rounding does to the logits (`rounding_report`).
 
@@ -190,6 +192,8 @@ def export_adapter(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{os.fspath(path)!r} is not empty: export to a new folder.")
     adapter = Adapter(model, adapter_name)
+    if not FORMATS[format].pairs:
+        adapter.refuse_pairs(f"format {format!r}")
     _check_holds(format, adapter)
     notes: list[str] = []
     options = {"rank": rank or DEFAULT_RANK} if format == "lora" else {}
@@ -214,7 +218,9 @@ def export_adapter(
         folder.rename(target)
     entries = sum(len(part.delta.values) for part in adapter.parts)
     report = ExportReport(Path(path), format, entries, size, adapter.own_size(), notes)
-    if format != "lora":
+    if adapter.pairs:
+        notes.append(f"with its low-rank pairs (r={adapter.config.r}), which are not among the entries")
+    elif format != "lora":
         report.rounding = rounding_report(model, adapter_name, batch=batch)
     if lost:
         report.errors = {name: sqrt(missing / whole) if whole else 0.0 for name, (missing, whole) in lost.items()}
@@ -237,7 +243,7 @@ def _check_holds(format: str, adapter: Adapter) -> None:
 
 
 def _others(format: str, adapter: Adapter) -> str:
-    rows = {name: row for name, row in FORMATS.items() if name != format}
+    rows = {name: row for name, row in FORMATS.items() if name != format and (row.pairs or not adapter.pairs)}
     others = [name for name, row in rows.items() if all(row.holds(part) for part in adapter.parts)]
     return f"Formats that can hold this adapter: {others}." if others else "No format can: they need plain weights."
 

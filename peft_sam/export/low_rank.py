@@ -45,6 +45,8 @@ def approximate(delta: SparseDelta, rank: int) -> Factors:
     Only Δ's active rows and columns take part: with U their first left singular vectors it is U Uᵀ Δ.
     """
     values = delta.values.detach().double()
+    if not len(values):
+        return Factors(values.new_zeros(delta.shape[0], 0), values.new_zeros(0, delta.shape[1]), 0.0, 0.0)
     rows, row = (delta.indices // delta.shape[1]).unique(return_inverse=True)
     columns, column = (delta.indices % delta.shape[1]).unique(return_inverse=True)
     size = (len(rows), len(columns))
@@ -82,9 +84,10 @@ def is_low_rank_target(part: Part) -> bool:
 
 
 def lora(adapter: Adapter, rank: int) -> StockAdapter:
-    """A LoRA adapter of the given rank, or of a smaller one that loses nothing.
+    """A LoRA adapter of the given rank, or of a smaller one that loses nothing, besides that of its low-rank pairs.
 
-    Each Δ of a weight becomes `lora_B` @ `lora_A` with scaling 1; Δ of a bias the bias of `lora_B`, exactly.
+    Each Δ of a weight becomes `lora_B` @ `lora_A` with scaling 1; Δ of a bias the bias of `lora_B`, and a pair itself,
+    exactly.
 
     Raises:
         ValueError: for biases next to embeddings, which LoRA does not adapt together.
@@ -98,7 +101,7 @@ def lora(adapter: Adapter, rank: int) -> StockAdapter:
             f"{next(iter(biases.values())).name!r}, and {embeddings}. Formats 'merged' and 'checkpoint_patch' can hold "
             "both."
         )
-    factors = {module: approximate(part.delta, rank) for module, part in weights.items()}
+    factors = {module: _with_pair(part, approximate(part.delta, rank)) for module, part in weights.items()}
     rank = max((found.left.shape[1] for found in factors.values()), default=1)
     tensors = {}
     for part in {part.module: part for part in adapter.parts}.values():
@@ -118,6 +121,19 @@ def lora(adapter: Adapter, rank: int) -> StockAdapter:
     lost = {weights[module].name: (found.missing, found.whole) for module, found in factors.items()}
     lost |= {part.name: (0.0, float(part.delta.values.square().sum())) for part in biases.values()}
     return StockAdapter(config, tensors, lost)
+
+
+def _with_pair(part: Part, found: Factors) -> Factors:
+    """The factors of a sparse Δ, and those of the pair beside it."""
+    if part.pair is None:
+        return found
+    left, right = part.pair.lora_B.float() * part.pair.scaling, part.pair.lora_A.float()
+    if part.pair.transposed:
+        left, right = right.t(), left.t()
+    whole = (left @ right).double().flatten()
+    whole = whole.index_add(0, part.delta.checked_indices(), part.delta.values.double())
+    left = torch.cat([found.left.to(left), left], 1)
+    return Factors(left, torch.cat([found.right.to(right), right]), found.missing, float(whole.square().sum()))
 
 
 def like_experts(stock: StockAdapter) -> set[str]:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import PEFT_PREFIX, base_name, sam_layers
+from peft_sam.layers.low_rank import LowRank, Pair, composed_with
 from peft_sam.layers.owned import head_of, is_plain, stored_parameter
 from peft_sam.sparse.coding import code_length
-from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta, changed
 from peft_sam.tuner.model import SamModel
 
 
@@ -27,12 +28,15 @@ class Part(NamedTuple):
     Attributes:
         module, parameter: name of the module in the base model, and of the parameter relative to it.
         layer: the sparse layer around the module.
+        delta: without entries where only the low-rank pair changes the weight.
+        pair: beside the delta of a weight, if there is one.
     """
 
     module: str
     parameter: str
     layer: SamLayer
     delta: SparseDelta
+    pair: LowRank | None = None
 
     @property
     def name(self) -> str:
@@ -43,6 +47,14 @@ class Part(NamedTuple):
     def base(self) -> Tensor:
         """The parameter θ⁰, as it is stored."""
         return stored_parameter(self.layer.get_base_layer(), self.parameter)
+
+    @torch.no_grad()
+    def after(self) -> tuple[Tensor | None, Tensor]:
+        """The entries of θ⁰ that change, None for all, and what they are in θ⁰ + Δ."""
+        base, indices = self.base.detach(), self.delta.checked_indices()
+        if self.pair is None:
+            return indices, changed(base.take(indices), self.delta.values)
+        return None, composed_with(base, [self.delta, Pair(self.pair, 1.0)]).flatten()
 
     @property
     def readable(self) -> bool:
@@ -61,6 +73,7 @@ class Adapter:
 
     Attributes:
         parts: its deltas, all with a support, in the base model's order.
+        pairs: its low-rank pairs.
         layers: all sparse layers of the model.
 
     Raises:
@@ -82,11 +95,8 @@ class Adapter:
             raise ValueError(f"adapters {merged} are merged: call model.unmerge_adapter() first.")
         self.model, self.name, self.layers = model, name, list(layers.values())
         self.config: SamConfig = model.peft_config[name]
-        self.parts = [
-            Part(module, parameter, layer, delta)
-            for module, layer in layers.items()
-            for parameter, delta in layer.deltas(name).items()
-        ]
+        self.parts = [part for module, layer in layers.items() for part in _parts_of(module, layer, name)]
+        self.pairs = [part.pair for part in self.parts if part.pair is not None]
 
     @property
     def base(self) -> nn.Module:
@@ -133,7 +143,18 @@ class Adapter:
         deltas = [part.delta for part in self.parts]
         values = sum(len(delta.values) * (dtype or delta.values.dtype).itemsize for delta in deltas)
         codes = sum(code_length(len(delta.values), delta.shape.numel()) for delta in deltas)
-        return values + codes + sum(head.nbytes for head in self.head_parameters())
+        factors = [factor for pair in self.pairs for factor in pair.parameters()]
+        pairs = sum(factor.numel() * (dtype or factor.dtype).itemsize for factor in factors)
+        return values + codes + pairs + sum(head.nbytes for head in self.head_parameters())
+
+    def refuse_pairs(self, what: str) -> None:
+        """Raise a ValueError, for `what` cannot be of an adapter with low-rank pairs, if it has any."""
+        if self.pairs:
+            raise ValueError(
+                f"{what} is of adapters that change single entries, and the low-rank pairs of {self.name!r} "
+                f"(r={self.config.r}) change every entry of their layers. Formats 'supertuning', 'lora' and 'merged' "
+                "can hold them."
+            )
 
     def saved_besides(self, adapted: Collection[str]) -> dict[str, Tensor]:
         """What PEFT saves besides the deltas, under its names: heads, and embeddings whose vocabulary was resized.
@@ -141,7 +162,7 @@ class Adapter:
         Args:
             adapted: the modules that are wrapped in the other format, too.
         """
-        state = {key: t for key, t in self.model.state_dict().items() if ".sam_sparse_delta." not in key}
+        state = {key: t for key, t in self.model.state_dict().items() if ".sam_sparse_" not in key}
         found = get_peft_model_state_dict(self.model, state_dict=state, adapter_name=self.name)
         wrapped = tuple(f"{PEFT_PREFIX}{module}.base_layer." for module in adapted)
         return {key if key.startswith(wrapped) else base_name(key): tensor for key, tensor in found.items()}
@@ -158,3 +179,10 @@ class Adapter:
             return None
         base = type(self.model.get_base_model())
         return {"base_model_class": base.__name__, "parent_library": base.__module__}
+
+
+def _parts_of(module: str, layer: SamLayer, adapter_name: str) -> list[Part]:
+    deltas, pair = layer.deltas(adapter_name), layer.pair(adapter_name)
+    if pair is not None and "weight" not in deltas:
+        deltas["weight"] = SparseDelta.place_holder(layer.parameters_below()["weight"])
+    return [Part(module, name, layer, delta, pair if name == "weight" else None) for name, delta in deltas.items()]

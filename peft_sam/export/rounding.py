@@ -73,9 +73,11 @@ def rounding_report(
 
     Raises:
         TypeError, PendingAdapterError: as `export_adapter`.
-        ValueError: if there is no such adapter, adapters are merged, or a weight cannot be read or written back.
+        ValueError: if there is no such adapter, it has low-rank pairs, adapters are merged, or a weight cannot be read
+            or written back.
     """
     adapter = Adapter(model, adapter_name)
+    adapter.refuse_pairs("a rounding report")
     quantised = [part for part in adapter.parts if not part.readable]
     if quantised and dtype is not None:
         raise ValueError(f"dtype is for plain weights, and {quantised[0].name!r} is not plain in memory.")
@@ -129,7 +131,7 @@ def _of_codes(part: Part) -> _Sums:
     before = dequantised(base, backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that it rounds, which is what is measured
-        changes = merge(base, {part.parameter: part.delta}, backend)
+        changes = merge(base, {part.parameter: part.delta}, None, backend)
     try:
         after = dequantised(base, backend)
     finally:

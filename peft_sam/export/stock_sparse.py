@@ -42,7 +42,8 @@ def is_linear_weight(part: Part) -> bool:
 
 
 def supertuning(adapter: Adapter) -> StockAdapter:
-    """A Super-Tuning adapter: `supertuning_indices`, flat and int32, and `supertuning_values` in θ⁰'s dtype.
+    """A Super-Tuning adapter: `supertuning_indices`, flat and int32, and `supertuning_values` in θ⁰'s dtype; beside
+    them the low-rank pairs, as they are.
 
     Super-Tuning rounds a value to θ⁰'s dtype before it adds it; the values are chosen so that the sum has the bits of
     θ⁰ + Δ all the same. Where no single value leads there (on a half-precision base, some sums that cross zero) a
@@ -59,7 +60,12 @@ def supertuning(adapter: Adapter) -> StockAdapter:
     for module, (indices, values) in entries.items():
         indices, values = _padded(indices, values, kept_entries(numels[module], sparsity), numels[module])
         tensors[module] = {"supertuning_indices": indices.to(torch.int32), "supertuning_values": values}
-    return StockAdapter(SupertuningConfig(sparsity=sparsity, **adapter.common_fields()), tensors, {})
+    for part in adapter.parts:
+        for name, factor in part.pair.named_parameters() if part.pair is not None else ():
+            tensors[part.module][f"supertuning_{name}.weight"] = factor.float()
+    own = adapter.config
+    pairs = {"r": own.r, "lora_alpha": own.lora_alpha, "lora_dropout": own.lora_dropout} if adapter.pairs else {}
+    return StockAdapter(SupertuningConfig(sparsity=sparsity, **pairs, **adapter.common_fields()), tensors, {})
 
 
 def addends(part: Part) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 """The adapter file and the layers: what is written, and what a file must be before anything is read from it.
 
 For each parameter with entries a file holds two tensors, `<module>.sam_sparse_delta.<parameter>.support`, the code of
-its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`: those of the model's
-state dict, without the adapter's name. Files of format 1 have the positions themselves, int32 or int64, as `….indices`.
+its sorted flat row-major positions (`coding`), and `<module>.sam_sparse_delta.<parameter>.values`; for each low-rank
+pair `<module>.sam_sparse_low_rank.lora_A` and `….lora_B`: those of the model's state dict, without the adapter's name.
+Files of format 1 have the positions themselves, int32 or int64, as `….indices`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,29 @@ from peft_sam.sparse.delta import PendingAdapterError, delta_dtype
 from peft_sam.sparse.support import check_support
 
 KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
+PAIR = re.compile(r"^(?P<module>.*)\.sam_sparse_low_rank\.(?P<part>lora_[AB])$")
+# what the model's state dict has before an adapter's name
+KINDS = ("sam_sparse_delta", "sam_sparse_low_rank")
+
+
+def split(key: str, adapter_name: str) -> tuple[str, str, str]:
+    """A key of a state dict in front of the kind of change it belongs to, the kind, and what comes after the adapter's
+    name; the kind is "" for other keys and other adapters."""
+    for kind in KINDS:
+        before, found, after = key.rpartition(f".{kind}.{adapter_name}.")
+        if found:
+            return before, kind, after
+    return "", "", key
+
+
+def is_own(key: str) -> bool:
+    """Whether a key of a file is of a delta or a pair."""
+    return bool(KEY.match(key) or PAIR.match(key))
 
 
 def modules_in(state: Mapping[str, Tensor]) -> set[str]:
-    """The names of the modules that a state dict has deltas for."""
-    matches = (KEY.match(key) for key in state)
+    """The names of the modules that a state dict has deltas or pairs for."""
+    matches = (KEY.match(key) or PAIR.match(key) for key in state)
     return {module_of(match["module"]) for match in matches if match}
 
 
@@ -45,13 +64,15 @@ def to_file(
             raise PendingAdapterError(adapter_name, "saved")
     written = {}
     for key, tensor in state.items():
-        before, found, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
+        before, kind, after = split(key, adapter_name)
         if before and module_of(before) not in layers:
             continue  # a shared module under another of its names
-        key = f"{before}.".replace(".original_module.", ".")[:-1] + found + after
+        if kind:
+            key = f"{before}.".replace(".original_module.", ".")[:-1] + f".{kind}.{adapter_name}.{after}"
         parameter, _, part = after.rpartition(".")
-        if part == "values" and save_dtype is not None:
-            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), f"{module_of(before)}.{parameter}")
+        if (part == "values" or part.startswith("lora_")) and kind and save_dtype is not None:
+            name = f"{module_of(before)}.{parameter or 'weight'}"
+            written[key] = _in_dtype(tensor, getattr(torch, save_dtype), name)
         else:
             written[key] = tensor
     return written
@@ -108,6 +129,48 @@ def read_file(
     if counts is not None:
         _check_counts(counts_in(checked), counts, layers)
     return checked
+
+
+def read_pairs(
+    state: Mapping[str, Tensor], layers: Mapping[str, SamLayer], adapter_name: str, whole: bool
+) -> dict[str, dict[str, Tensor]]:
+    """Check the tensors of an adapter's low-rank pairs, which may come from a stranger; nothing is changed.
+
+    Args:
+        whole: whether all of the adapter's pairs must be there; else, if any is, those of weights with entries.
+
+    Returns:
+        module → "lora_A" and "lora_B" → tensor.
+
+    Raises:
+        ValueError: if they are not those of the pairs that the adapter has in the model; says which and how.
+    """
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in state.items():
+        if match := PAIR.match(key):
+            found[module_of(match["module"])][match["part"]] = tensor
+    pairs = {module: layer.pair(adapter_name) for module, layer in layers.items()}
+    mine = {module: dict(pair.named_parameters()) for module, pair in pairs.items() if pair is not None}
+    matches = [match for key in state if (match := KEY.match(key)) and match["parameter"] == "weight"]
+    having = {module_of(match["module"]) for match in matches} if found else set()
+    needed = mine.keys() if whole else mine.keys() & having
+    for module in sorted(found.keys() | needed):
+        for part in ("lora_A", "lora_B"):
+            own, it = mine.get(module, {}).get(part), found.get(module, {}).get(part)
+            if own is None or it is None or it.shape != own.shape or not it.is_floating_point():
+                there = "nothing" if it is None else f"shape {tuple(it.shape)} and {it.dtype}"
+                here = "no low-rank pair there" if own is None else f"{part} of shape {tuple(own.shape)}"
+                raise ValueError(
+                    f"the adapter file has {there} as {part} of the low-rank pair of {module!r}; the model with this "
+                    f"config has {here}: the adapter was made for another base model or another r, or the file is "
+                    "damaged."
+                )
+            if bool((it.to(own.dtype).isinf() & it.isfinite()).any()):
+                raise ValueError(
+                    f"the adapter file gives {part} of {module!r} a value of {float(it.abs().max()):.3g}, which is "
+                    f"too large for {str(own.dtype)[6:]}: the file is damaged, or of another base model."
+                )
+    return found
 
 
 def counts_in(found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> dict[str, int]:

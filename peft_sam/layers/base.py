@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_sam._peft import check_adapters_to_merge
 from peft_sam.layers.holder import Holder
+from peft_sam.layers.low_rank import Changes, Pair, composed_with
 from peft_sam.layers.merging import Change, check_merge, merge, restore, without
 from peft_sam.layers.mixed import BASE
 from peft_sam.layers.owned import is_packed_linear, is_plain, stored_parameters
 from peft_sam.layers.substitute import call_with
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta, delta_dtype
-from peft_sam.sparse.ops import DenseGradient, compose
+from peft_sam.sparse.ops import DenseGradient
 
 
 class SamLayer(Holder):
@@ -71,18 +72,29 @@ class SamLayer(Holder):
         """Whether an adapter changes this module."""
         return adapter_name != BASE and bool(self._deltas_of([adapter_name]))
 
-    def _deltas_of(self, adapter_names: Iterable[str]) -> dict[str, list[SparseDelta]]:
-        """The deltas of adapters by parameter name, in the order of their names."""
-        changes: dict[str, list[SparseDelta]] = {}
+    def pair_in_force(self, adapter_name: str) -> Pair | None:
+        """The same at the adapter's scale; None while the adapter is pending, or waits for its file."""
+        found = self.pair(adapter_name)
+        if found is None or found.lora_A.is_meta:
+            return None
+        if any(delta.pending for delta in self.deltas(adapter_name).values()):
+            return None
+        return Pair(found, self.scaling.get(adapter_name, 1.0))
+
+    def _deltas_of(self, adapter_names: Iterable[str]) -> Changes:
+        """The deltas of adapters by parameter name, in the order of their names; low-rank pairs among the weight's."""
+        changes: dict[str, list[SparseDelta | Pair]] = {}
         for adapter_name in adapter_names:
             for name, delta in self._seen(adapter_name).items():
                 if not delta.pending:
                     changes.setdefault(name, []).append(delta)
                 elif self.training and torch.is_grad_enabled() and not self._selecting:
                     raise PendingAdapterError(adapter_name, "trained")
+            if (pair := self.pair_in_force(adapter_name)) is not None:
+                changes.setdefault("weight", []).append(pair)
         return changes
 
-    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+    def _forward_with(self, changes: Changes, *args: Any, **kwargs: Any) -> Any:
         own = stored_parameters(self.get_base_layer())
         for name in changes:
             if not is_plain(own[name]):
@@ -95,8 +107,8 @@ class SamLayer(Holder):
         composed = {prefix + name: self._composed(own[name], deltas) for name, deltas in changes.items()}
         return call_with(self.base_layer, composed, args, kwargs)
 
-    def _composed(self, parameter: Tensor, deltas: list[SparseDelta]) -> Tensor:
-        found = compose(parameter, deltas)
+    def _composed(self, parameter: Tensor, deltas: Sequence[SparseDelta | Pair]) -> Tensor:
+        found = composed_with(parameter, deltas)
         sparse = getattr(self.get_base_layer(), "sparse", False) is True
         return DenseGradient.apply(found) if sparse else found
 
@@ -142,15 +154,15 @@ class SamLayer(Holder):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name in self.sam_sparse_delta:
                 self.check_merge(adapter_name, safe_merge)
-                changes = merge(self.get_base_layer(), self.in_force(adapter_name), self.quantization_backend)
+                deltas, pair = self.in_force(adapter_name), self.pair_in_force(adapter_name)
+                changes = merge(self.get_base_layer(), deltas, pair, self.quantization_backend)
                 self._merged_changes.append(changes)
                 self.merged_adapters.append(adapter_name)
 
     def check_merge(self, adapter_name: str, safe_merge: bool) -> None:
         """Raise what `merge` would."""
-        check_merge(
-            self.get_base_layer(), adapter_name, self.in_force(adapter_name), safe_merge, self.quantization_backend
-        )
+        deltas, pair = self.in_force(adapter_name), self.pair_in_force(adapter_name)
+        check_merge(self.get_base_layer(), adapter_name, deltas, pair, safe_merge, self.quantization_backend)
 
     def unmerge(self) -> None:
         """Put the original bits back."""
@@ -206,7 +218,8 @@ class SamLayer(Holder):
         delta = self._seen(adapter_name).get("weight")
         if delta is not None and not delta.pending:
             whole = whole.flatten().index_copy(0, delta.checked_indices(), delta.values).view(whole.shape)
-        return whole
+        pair = self.pair_in_force(adapter_name)
+        return whole if pair is None else whole + pair.dense()
 
     def __repr__(self) -> str:
         return "sam_sparse." + super().__repr__()

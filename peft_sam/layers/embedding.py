@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +123,7 @@ def is_scaled(module: nn.Module) -> bool:
 class SamEmbedding(SamLayer):
     """`nn.Embedding`, scaled or not, by `sparse_embedding` where the table is plain, frozen and nobody watches it."""
 
-    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
+    def _forward_with(self, changes: Any, *args: Any, **kwargs: Any) -> Any:
         base: Any = self.base_layer
         special = base.max_norm is not None or base.scale_grad_by_freq
         special = special or is_written_down()

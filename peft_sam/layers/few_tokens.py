@@ -50,7 +50,7 @@ class _Found:
 
 
 def product_of_few(layer: Any, args: Any, kwargs: Any) -> Tensor | None:
-    """x (W + Δ)ᵀ + b of a `SamLinear`, added entry by entry; nothing in it asks for a gradient.
+    """x (W + Δ)ᵀ + b of a `SamLinear`, added entry by entry, with its low-rank pair; nothing in it asks for a gradient.
 
     None where this is not the way for the layer, its adapters or their input: there `SamLayer.forward` knows how.
     """
@@ -85,4 +85,5 @@ def product_of_few(layer: Any, args: Any, kwargs: Any) -> Tensor | None:
         return None
     y = F.linear(x, weight, base._parameters["bias"])
     add_csr(y, x, found.csr)
-    return y
+    pair = modules["sam_sparse_low_rank"]._modules.get(active[0])
+    return y if pair is None else y + pair(x).to(y.dtype)

@@ -8,6 +8,7 @@ from torch import nn
 
 from peft_sam._peft import AuxiliaryTrainingWrapper, BaseTunerLayer
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import read_not_called
 from peft_sam.sparse.delta import SparseDelta
 
@@ -82,6 +83,12 @@ def deltas_of(model: nn.Module, adapter_name: str) -> dict[str, SparseDelta]:
         for module, layer in sam_layers(model).items()
         for name, delta in layer.deltas(adapter_name).items()
     }
+
+
+def pairs_of(model: nn.Module, adapter_name: str) -> dict[str, LowRank]:
+    """All low-rank pairs of an adapter, by module name in the unwrapped base model."""
+    found = {module: layer.pair(adapter_name) for module, layer in sam_layers(model).items()}
+    return {module: pair for module, pair in found.items() if pair is not None}
 
 
 def has_support(model: nn.Module, adapter_name: str) -> bool:

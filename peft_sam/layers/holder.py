@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peft_sam._peft import BaseTunerLayer, QuantizationBackend
 from peft_sam.layers.deltas import Deltas, delta_for, set_to_random
 from peft_sam.layers.facade import Facade
+from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import features, own_parameters
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.scaled import ScaledDelta
@@ -32,7 +33,7 @@ class Holder(Facade, BaseTunerLayer):
         scaling: adapter name → what its deltas are multiplied with, where that is not 1 (`set_scale`). Not saved.
     """
 
-    adapter_layer_names = ("sam_sparse_delta",)
+    adapter_layer_names: tuple[str, ...] = ("sam_sparse_delta",)
     other_param_names = ("scaling",)
     scaling: dict[str, float]
     quantization_backend: QuantizationBackend | None
@@ -84,6 +85,16 @@ class Holder(Facade, BaseTunerLayer):
         """The deltas of one adapter by parameter name; empty if the adapter does not reach this layer."""
         found: Any = self.sam_sparse_delta._modules.get(adapter_name)
         return {} if found is None else found.by_name()
+
+    def pair(self, adapter_name: str) -> LowRank | None:
+        """The low-rank pair beside an adapter's delta of the weight, if there is one."""
+        return None
+
+    def reset_pair(self, adapter_name: str) -> None:
+        """Have it start."""
+
+    def drop_pair(self, adapter_name: str) -> None:
+        """Take it away."""
 
     def in_force(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The same at the adapter's scale."""
@@ -172,6 +183,9 @@ class Holder(Facade, BaseTunerLayer):
         for name, delta in self.deltas(adapter_name).items():
             if not delta.values.is_meta:
                 delta.to(device or own[name].device)
+        pair = self.pair(adapter_name)
+        if pair is not None and not pair.lora_A.is_meta:
+            pair.to(device or own["weight"].device)
 
     def _seen(self, adapter_name: str) -> dict[str, SparseDelta]:
         """The deltas of this layer and, of parameters that live in another, of that layer while it is not merged."""

@@ -12,9 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.few_tokens import product_of_few
+from peft_sam.layers.low_rank import Changes, LowRank, Pair
 from peft_sam.layers.owned import is_bare, is_plain, packed_weight
+from peft_sam.layers.replicas import keep_equal
 from peft_sam.layers.substitute import is_written_down
-from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.delta import SparseDelta, delta_dtype
 from peft_sam.sparse.ops import sparse_linear
 from peft_sam.sparse.plan import plan_linear
 
@@ -23,9 +25,15 @@ class SamLinear(SamLayer):
     """`nn.Linear`, its quantised kin, or transformers' `Conv1D`.
 
     By `sparse_linear` where the weight can be read and nobody watches the module. Where it cannot be read (quantised,
-    offloaded, sharded) the module runs as it is, and the products with the deltas are added to its output.
+    offloaded, sharded) the module runs as it is, and the products with the deltas are added to its output, as those
+    with low-rank pairs always are.
+
+    Attributes:
+        sam_sparse_low_rank: adapter name → its pair beside the delta of the weight, where it has one.
     """
 
+    adapter_layer_names = ("sam_sparse_delta", "sam_sparse_low_rank")
+    sam_sparse_low_rank: nn.ModuleDict
     # whether the weight is stored as (inputs × outputs)
     transposed: bool
     # an attribute `weight` of such a layer is not its weight (transformers gives HQQ's an empty one)
@@ -35,6 +43,23 @@ class SamLinear(SamLayer):
         super().__init__(base_layer)
         self.transposed = isinstance(self.get_base_layer(), Conv1D)
         self.packed = packed_weight(self.get_base_layer()) is not None
+        self.sam_sparse_low_rank = nn.ModuleDict()
+
+    def pair(self, adapter_name: str) -> LowRank | None:
+        """The low-rank pair beside an adapter's delta of the weight, if there is one."""
+        found: LowRank | None = self.sam_sparse_low_rank._modules.get(adapter_name)  # type: ignore[assignment]
+        return found
+
+    def add_pair(self, adapter_name: str, r: int, alpha: float, dropout: float, *, empty: bool, **how: Any) -> None:
+        """Give an adapter a pair, which starts as `LowRank.reset` says, or, if `empty`, waits on the meta device."""
+        weight = self.parameters_below()["weight"]
+        how |= {"dtype": delta_dtype(weight.dtype), "device": torch.device("meta") if empty else weight.device}
+        pair = LowRank(weight.shape, self.transposed, r, alpha, dropout, **how)
+        pair.train(self.get_base_layer().training)
+        for factor in pair.parameters():
+            keep_equal(factor, weight)
+        self.sam_sparse_low_rank[adapter_name] = pair
+        pair.requires_grad_(adapter_name in self.active_adapters and not self._disable_adapters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base module's output with θ + Σ Δ over the active adapters; without Δ if merged or disabled."""
@@ -42,18 +67,63 @@ class SamLinear(SamLayer):
         y = None if slow else product_of_few(self, args, kwargs)
         return super().forward(*args, **kwargs) if y is None else y
 
-    def _forward_with(self, changes: Mapping[str, list[SparseDelta]], *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.base_layer
+    def reset_pair(self, adapter_name: str) -> None:
+        """Have the pair of an adapter, if it has one, start; from the meta device it comes to the weight's."""
+        if (pair := self.pair(adapter_name)) is not None:
+            weight = self.parameters_below()["weight"]
+            if pair.lora_A.is_meta and not weight.is_meta:
+                pair.to_empty(device=weight.device)
+                for factor in pair.parameters():
+                    keep_equal(factor, weight)
+            pair.reset()
+
+    def drop_pair(self, adapter_name: str) -> None:
+        """Take it away."""
+        del self.sam_sparse_low_rank[adapter_name]
+
+    @torch.no_grad()
+    def set_pair(self, adapter_name: str, factors: Mapping[str, Tensor] | None) -> None:
+        """Give an adapter's pair its numbers, `lora_A` and `lora_B`, or none: then it changes nothing.
+
+        From the meta device it comes to the weight's, or, where that is offloaded, to theirs.
+        """
+        pair, weight = self.pair(adapter_name), self.parameters_below()["weight"]
+        assert pair is not None
+        if factors is None:
+            factors = {"lora_A": pair.lora_A, "lora_B": torch.zeros_like(pair.lora_B)}
+        for name, own in pair.named_parameters():
+            if own.is_meta:
+                device = factors[name].device if weight.is_meta else weight.device
+                new = factors[name].to(device, own.dtype, copy=True)
+                setattr(pair, name, nn.Parameter(new, requires_grad=own.requires_grad))
+                keep_equal(getattr(pair, name), weight)
+            else:
+                own.copy_(factors[name])
+
+    def _forward_with(self, changes: Changes, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 1 or kwargs:
             return super()._forward_with(changes, *args, **kwargs)
+        pairs = [change for change in changes.get("weight", ()) if isinstance(change, Pair)]
+        if not pairs:
+            return self._with_deltas(changes, args[0])
+        sparse = {n: [one for one in of if not isinstance(one, Pair)] for n, of in changes.items()}
+        y: Tensor = self._with_deltas({name: of for name, of in sparse.items() if of}, args[0])
+        for pair in pairs:
+            y = y + pair.product(args[0]).to(y.device, y.dtype)
+        return y
+
+    def _with_deltas(self, changes: Any, x: Tensor) -> Any:
+        base: Any = self.base_layer
+        if not changes:
+            return base(x)
         weight = (self.get_base_layer() if isinstance(base, BaseTunerLayer) else base)._parameters.get("weight")
         if self.packed or not (weight is None or is_plain(weight)):
-            return self._added_to_output(changes, args[0])
-        if "weight" not in changes or args[0].ndim < 2 or not is_bare(base) or is_written_down():
-            return super()._forward_with(changes, *args)
-        return sparse_linear(args[0], weight, base.bias, changes["weight"], changes.get("bias", ()), self.transposed)
+            return self._added_to_output(changes, x)
+        if "weight" not in changes or x.ndim < 2 or not is_bare(base) or is_written_down():
+            return super()._forward_with(changes, x)
+        return sparse_linear(x, weight, base.bias, changes["weight"], changes.get("bias", ()), self.transposed)
 
-    def _added_to_output(self, changes: Mapping[str, list[SparseDelta]], x: Tensor) -> Tensor:
+    def _added_to_output(self, changes: Any, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         if "weight" in changes:
             x = x.to(y.device, y.dtype)

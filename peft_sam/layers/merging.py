@@ -9,17 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import QuantizationBackend
+from peft_sam.layers.low_rank import Pair, composed_with
 from peft_sam.layers.owned import is_plain, stored_parameter
 from peft_sam.layers.quantised import Codes, dequantised, put_back, requantise
-from peft_sam.sparse.delta import SparseDelta, changed
+from peft_sam.sparse.delta import SparseDelta, changed, version_of
+
+# the share of a weight's entries that stay the same to rounding where nobody has written to them
+ALIKE = 0.99
 
 
 class Change(NamedTuple):
-    """What merging did to one parameter: its entries at `indices` were `original`, or all of it was those codes."""
+    """What merging did to one parameter: its entries at `indices` were `original`; None: all of it was.
+
+    Attributes:
+        by: what changed it, and how often that had been written to.
+    """
 
     name: str
-    indices: Tensor
+    indices: Tensor | None
     original: Tensor | Codes
+    by: list[SparseDelta | Pair]
+    versions: list[int]
 
 
 @torch.no_grad()
@@ -27,10 +37,11 @@ def check_merge(
     base: nn.Module,
     adapter_name: str,
     deltas: Mapping[str, SparseDelta],
+    pair: Pair | None,
     safe_merge: bool,
     backend: QuantizationBackend | None,
 ) -> None:
-    """Whether `deltas` can be merged into the parameters of `base`; nothing is written.
+    """Whether `deltas`, and a low-rank pair of the weight, can be merged into `base`; nothing is written.
 
     Pending ones can: they are nothing to write.
 
@@ -38,38 +49,69 @@ def check_merge(
         ValueError: if a parameter is offloaded, or quantised so that PEFT's `backend` (None: none) cannot write it, or,
             with `safe_merge`, if an entry would not be finite.
     """
-    for name, delta in deltas.items():
-        if delta.pending:
-            continue
+    for name, of in _by_parameter(deltas, pair).items():
+        stored = stored_parameter(base, name)
         writable = backend is not None and backend.supports_merge
-        if not is_plain(stored_parameter(base, name)) and not writable:
+        if not is_plain(stored) and not writable:
             how = "quantised or offloaded" if backend is None else f"quantised ({backend.backend_name})"
             raise ValueError(
-                f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape {tuple(delta.shape)} is "
+                f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape {_shape(of[0])} is "
                 f"{how} in a way that cannot be written back. Merge into the full-precision model."
             )
-        if safe_merge:
-            entries = _weight(base, name, backend).take(delta.checked_indices())
-            if not changed(entries, delta.values).isfinite().all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        if safe_merge and not _after(_weight(base, name, backend), of)[1].isfinite().all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
 
 
 @torch.no_grad()
-def merge(base: nn.Module, deltas: Mapping[str, SparseDelta], backend: QuantizationBackend | None) -> list[Change]:
-    """Write θ + Δ; into a quantised weight, what its codes can say of it. A pending Δ is nothing to write."""
+def merge(
+    base: nn.Module, deltas: Mapping[str, SparseDelta], pair: Pair | None, backend: QuantizationBackend | None
+) -> list[Change]:
+    """Write θ + Δ; into a quantised weight, what its codes can say of it. A pending Δ is nothing to write.
+
+    Beside a low-rank pair all of the weight changes, and is kept.
+    """
     changes = []
-    for name, delta in deltas.items():
-        if delta.pending:
-            continue
-        weight, indices = _weight(base, name, backend), delta.checked_indices()
-        entries = weight.take(indices)
-        _put(weight, indices, changed(entries, delta.values))
-        if weight is stored_parameter(base, name):
-            changes.append(Change(name, indices, entries))
+    for name, of in _by_parameter(deltas, pair).items():
+        weight = _weight(base, name, backend)
+        indices, entries = _after(weight, of)
+        plain = weight is stored_parameter(base, name)
+        original = (weight.clone() if indices is None else weight.take(indices)) if plain else None
+        if indices is None:
+            weight.copy_(entries)
         else:
+            _put(weight, indices, entries)
+        if original is None:
             assert backend is not None
-            changes.append(Change(name, indices, requantise(base, backend, weight)))
+            changes.append(Change(name, indices, requantise(base, backend, weight), of, _versions(of)))
+        else:
+            changes.append(Change(name, indices, original, of, _versions(of)))
     return changes
+
+
+def _versions(changes: list[SparseDelta | Pair]) -> list[int]:
+    of = [(*change.low_rank.parameters(),) if isinstance(change, Pair) else (change.values,) for change in changes]
+    return [version_of(tensor) for tensors in of for tensor in tensors]
+
+
+def _by_parameter(deltas: Mapping[str, SparseDelta], pair: Pair | None) -> dict[str, list[SparseDelta | Pair]]:
+    """What is to be written, by parameter name."""
+    found: dict[str, list[SparseDelta | Pair]] = {n: [delta] for n, delta in deltas.items() if not delta.pending}
+    if pair is not None:
+        found.setdefault("weight", []).append(pair)
+    return found
+
+
+def _shape(change: SparseDelta | Pair) -> tuple[int, ...]:
+    return tuple(change.dense().shape if isinstance(change, Pair) else change.shape)
+
+
+def _after(weight: Tensor, changes: list[SparseDelta | Pair]) -> tuple[Tensor | None, Tensor]:
+    """Which entries change, None for all, and what they become."""
+    first = changes[0]
+    if len(changes) == 1 and not isinstance(first, Pair):
+        indices = first.checked_indices()
+        return indices, changed(weight.take(indices), first.values)
+    return None, composed_with(weight, changes)
 
 
 def _weight(base: nn.Module, name: str, backend: QuantizationBackend | None) -> Tensor:
@@ -82,13 +124,47 @@ def _weight(base: nn.Module, name: str, backend: QuantizationBackend | None) -> 
 
 @torch.no_grad()
 def restore(base: nn.Module, changes: list[Change]) -> None:
-    """Write the original bits; the parameters may have moved since."""
-    for name, indices, original in changes:
-        if isinstance(original, Codes):
-            put_back(base, original)
+    """Write the original bits; the parameters may have moved since.
+
+    What another tuner has added to a parameter meanwhile, or taken from it, stays, to rounding.
+    """
+    for change in changes:
+        if isinstance(change.original, Codes):
+            put_back(base, change.original)
+            continue
+        parameter = stored_parameter(base, change.name)
+        original = change.original.to(parameter.device, parameter.dtype)
+        indices = None if change.indices is None else change.indices.to(parameter.device)
+        now, written = parameter if indices is None else parameter.take(indices), _written(change, original)
+        if written is not None and _is_other(now, written, rounded=indices is None):
+            original = (original.double() + (now.double() - written.double())).to(parameter.dtype)
+        if indices is None:
+            parameter.copy_(original)
         else:
-            parameter = stored_parameter(base, name)
-            _put(parameter, indices.to(parameter.device), original.to(parameter.device, parameter.dtype))
+            _put(parameter, indices, original)
+
+
+def _is_other(now: Tensor, written: Tensor, rounded: bool) -> bool:
+    """Whether somebody has written to entries since.
+
+    Args:
+        rounded: a product of two factors is in them, which another device or number of threads rounds otherwise.
+    """
+    same = (now == written) | (now.isnan() & written.isnan())
+    if not rounded:
+        return not bool(same.all())
+    close = (now.double() - written.double()).abs() <= 2 * torch.finfo(now.dtype).eps * written.double().abs()
+    return float((same | close).double().mean()) < ALIKE
+
+
+def _written(change: Change, original: Tensor) -> Tensor | None:
+    """What merging wrote; None if the deltas are others by now."""
+    if _versions(change.by) != change.versions:
+        return None
+    if change.indices is None:
+        return composed_with(original, change.by)
+    values = change.by[0].values.to(original.device)  # type: ignore[union-attr]
+    return changed(original, values) if len(values) == len(original) else None
 
 
 def _put(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:
@@ -105,5 +181,6 @@ def without(changes: list[Change], name: str, tensor: Tensor) -> Tensor:
     for change in changes:
         if change.name == name and not isinstance(change.original, Codes):
             original = change.original.to(tensor.device, tensor.dtype)
-            tensor = tensor.clone().put_(change.indices.to(tensor.device), original)
+            indices = change.indices
+            tensor = original if indices is None else tensor.clone().put_(indices.to(tensor.device), original)
     return tensor

@@ -56,6 +56,7 @@ def section(config: SamConfig, places: str) -> str:
         "score": code(chosen.get("score", config.score)),
         "budget": code(chosen.get("budget", config.budget)),
         "selected from": _pass(chosen),
+        "low-rank pairs": f"r = {config.r}, α = {config.lora_alpha:g}" if config.r else "none",
         "threshold": f"{chosen['threshold']:.4g}" if "threshold" in chosen else "not recorded",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())

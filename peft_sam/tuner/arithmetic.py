@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peft_sam._peft import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import head_of
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import SparseDelta
@@ -115,15 +116,50 @@ def combine_heads(
             new.copy_(start + COMBINATIONS[combination](changes, of_weights, density, majority_sign_method))
 
 
+def check_pairs(layers: Mapping[str, SamLayer], adapters: Iterable[str], combination: str) -> None:
+    """Whether the low-rank pairs of adapters, if they have any, can be combined so.
+
+    Raises:
+        ValueError: if not: only sums of them are low-rank again.
+    """
+    having = [name for name, pairs in _pairs(layers, adapters).items() if pairs]
+    if having and combination != "linear":
+        raise ValueError(
+            f"combination_type {combination!r} picks entries, and adapters {having} have low-rank pairs (r), which "
+            "change all of them: use 'linear'."
+        )
+
+
+def _pairs(layers: Mapping[str, SamLayer], adapters: Iterable[str]) -> dict[str, dict[str, LowRank]]:
+    """Adapter → module → its low-rank pair; pending adapters have none, unless all are pending."""
+    every = {name: [d for layer in layers.values() for d in layer.deltas(name).values()] for name in adapters}
+    changing = {name for name, deltas in every.items() if not any(delta.pending for delta in deltas)} or every.keys()
+    return {
+        name: {m: pair for m, layer in layers.items() if name in changing and (pair := layer.pair(name)) is not None}
+        for name in every
+    }
+
+
 class Combined:
     """A combination of adapters of a model, layer by layer; `how` is that of `combine`.
 
     Attributes:
         parts: module → parameter → (indices, values); modules that none of the adapters changes are left out.
+        r: the rank of the pairs that are the sum of theirs, one below the other; None if they have none.
+        pairs: of each adapter, by module.
+        starts: where in these the pairs of each adapter begin.
+        paired: the modules that have any.
     """
 
     def __init__(self, layers: Mapping[str, SamLayer], adapters: Sequence[str], combination: str, **how: Any) -> None:
         self.layers, self.combination = layers, combination
+        self.weights = how["weights"]
+        pairs = _pairs(layers, adapters)
+        self.pairs = [pairs[name] for name in adapters]
+        ranks = [next((pair.r for pair in of.values()), 0) for of in self.pairs]
+        self.r = sum(ranks) or None
+        self.starts = [sum(ranks[:number]) for number in range(len(ranks))]
+        self.paired: set[str] = set().union(*self.pairs)
         self.parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for module, layer in layers.items():
             every = [{n: d for n, d in layer.deltas(name).items() if not d.pending} for name in adapters]
@@ -146,3 +182,16 @@ class Combined:
         for module, parts in self.parts.items():
             supports, values = ({name: both[i] for name, both in parts.items()} for i in (0, 1))
             self.layers[module].set_support(adapter_name, supports, values)
+        for module, layer in self.layers.items():
+            layer.reset_pair(adapter_name)
+            if (new := layer.pair(adapter_name)) is not None:
+                self._put_pair(module, new)
+
+    @torch.no_grad()
+    def _put_pair(self, module: str, new: LowRank) -> None:
+        new.lora_B.zero_()
+        for pairs, weight, start in zip(self.pairs, self.weights, self.starts, strict=True):
+            if (pair := pairs.get(module)) is not None:
+                rows = slice(start, start + pair.r)
+                new.lora_A[rows] = pair.lora_A
+                new.lora_B[:, rows] = pair.lora_B * (weight * pair.scaling / new.scaling)

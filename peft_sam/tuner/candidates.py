@@ -15,6 +15,7 @@ from peft_sam.files.checkpoint import counts_in, modules_in, read_file
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import layers_with, sam_layers
+from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import stored_parameters
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
@@ -27,8 +28,9 @@ OF_ONE_SUPPORT = ("threshold", "share", "excluded")
 
 def trained_besides(model: nn.Module) -> dict[str, nn.Parameter]:
     """What is trained besides SAM adapters, by name: a new head in `modules_to_save`."""
-    sparse = {id(p) for module in model.modules() if isinstance(module, SparseDelta) for p in module.parameters()}
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in sparse}
+    kinds = (SparseDelta, LowRank)
+    mine = {id(p) for module in model.modules() if isinstance(module, kinds) for p in module.parameters()}
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in mine}
 
 
 def candidates_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
@@ -100,9 +102,10 @@ def share_support(model: nn.Module, like: str, adapter_name: str, config: SamCon
 def _start(
     layers: Mapping[str, SamLayer], adapter_name: str, config: SamConfig, supports: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """Supports by module and parameter, with the deltas that training starts from."""
+    """Supports by module and parameter, with the deltas and low-rank pairs that training starts from."""
     for module, layer in layers.items():
         layer.set_support(adapter_name, supports[module])
+        layer.reset_pair(adapter_name)
         if not config.init_weights:
             layer.reset_values(adapter_name)
 

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from peft_sam._peft import file_follows
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import KEY, check_others, counts_in, read_file
+from peft_sam.files.checkpoint import check_others, counts_in, is_own, read_file, read_pairs
 from peft_sam.files.embeddings import Brought
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.found import has_support, layers_with, sam_layers
+from peft_sam.layers.linear import SamLinear
 from peft_sam.tuner.candidates import record_counts
 
 
@@ -26,11 +27,12 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
     """
     layers = layers_with(model, adapter_name)
     replaces = has_support(model, adapter_name)
-    rest = {key: tensor for key, tensor in state.items() if not KEY.match(key)}
+    rest = {key: tensor for key, tensor in state.items() if not is_own(key)}
     embeddings = Brought(rest, model, adapter_name)
     rest = {key: tensor for key, tensor in rest.items() if key not in embeddings.keys}
     check_others(rest, model, adapter_name, shapes=replaces)
     found = read_file(state, layers, adapter_name, None if replaces else config.counts)
+    pairs = read_pairs(state, layers, adapter_name, whole=not replaces)
     if file_follows.get() is not None and config.selection is not None:
         kept = {name: text for name, text in config.fingerprints.items() if name not in embeddings.names}
         check_base(sam_layers(model), kept, config.strict_base)
@@ -42,9 +44,13 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
             {key: indices for key, (indices, _) in parts.items()},
             {key: values for key, (_, values) in parts.items()},
         )
+        if isinstance(layer, SamLinear) and layer.pair(adapter_name) is not None:
+            layer.set_pair(adapter_name, pairs.get(name))
         if hasattr(model, "hf_device_map"):
             for delta in layer.deltas(adapter_name).values():
                 delta.expect_dispatch()
+            if (pair := layer.pair(adapter_name)) is not None:
+                pair.expect_dispatch()
     if replaces or config.counts != counts_in(found):
         record_counts(config, layers, adapter_name, {} if replaces else config.selection)
     return rest

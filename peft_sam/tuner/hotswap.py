@@ -18,10 +18,10 @@ from torch import Tensor
 from peft_sam import _peft
 from peft_sam._peft import SAM_SPARSE, hotswap
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import KEY, read_file
+from peft_sam.files.checkpoint import KEY, read_file, read_pairs
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import layers_with, module_of, sam_layers
+from peft_sam.layers.found import layers_with, module_of, pairs_of, sam_layers
 from peft_sam.tuner.model import SamModel
 
 # A reloaded module finds its own wrappers in place and unwraps them.
@@ -56,6 +56,11 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
             "be replaced does not target these modules: load the other one beside it, with load_adapter."
         )
     read_file(state, layers, adapter_name, config.counts)
+    if not read_pairs(state, layers, adapter_name, whole=False) and config.r is not None:
+        raise ValueError(
+            f"the other adapter's config says r={config.r}, and its file has no low-rank pairs: the two do not belong "
+            "together, or one is damaged."
+        )
     check_base(sam_layers(model), config.fingerprints, config.strict_base)
     own = model.peft_config[adapter_name]
     before, own.selection = own.selection, config.selection
@@ -68,6 +73,10 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
         raise
     if config.selection is not None:
         own.selection = config.selection
+    if config.lora_alpha is not None:
+        own.lora_alpha = config.lora_alpha
+        for pair in pairs_of(model, adapter_name).values():
+            pair.alpha = float(config.lora_alpha)
 
 
 def register_swap() -> None:

@@ -5,6 +5,7 @@ A `tuner` here is PEFT's: a `SamModel`, or a MixedModel that holds sparse adapte
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -15,7 +16,16 @@ from peft_sam._peft import BaseTunerLayer, file_follows
 from peft_sam.config import SamConfig
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import base_modules, base_name, deltas_of, has_support, layers_with, sam_layers
+from peft_sam.layers.found import (
+    base_modules,
+    base_name,
+    deltas_of,
+    has_support,
+    layers_with,
+    pairs_of,
+    sam_layers,
+)
+from peft_sam.layers.linear import SamLinear
 from peft_sam.layers.make import make_layer
 from peft_sam.layers.owned import own_parameters, read_not_called
 from peft_sam.selection import Selection
@@ -66,6 +76,9 @@ def inject(
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model)
+        for layer in layers_with(model, adapter_name).values():
+            if layer.pair(adapter_name) is not None and layer.is_shared("weight"):
+                layer.drop_pair(adapter_name)
         take_states(model)
         remember_buffers(model)
         _share(model)
@@ -82,6 +95,8 @@ def inject(
         if low_cpu_mem_usage:
             for delta in deltas_of(model, adapter_name).values():
                 delta.leave_values_out()
+            for pair in pairs_of(model, adapter_name).values():
+                pair.to("meta")
     except BaseException:
         withdraw(tuner, adapter_name)
         _tie(tuner, model)
@@ -136,6 +151,11 @@ def adapt(
         [name.removeprefix(f"{key}.") for name in reached],
         inference_mode=config.inference_mode,
     )
+    if config.r is not None and isinstance(layer, SamLinear) and "weight" in own:
+        alpha = 2.0 * config.r if config.lora_alpha is None else config.lora_alpha
+        how = {"seed": zlib.crc32(f"{config.seed}/{key}".encode()), "zero": config.init_weights}
+        # what is in the file brings it, as it does deltas
+        layer.add_pair(adapter_name, config.r, alpha, config.lora_dropout, empty=config.counts is not None, **how)
 
 
 def adapt_parameters(tuner: Any, config: SamConfig, model: nn.Module, adapter_name: str) -> list[str]:

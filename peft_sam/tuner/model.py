@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from peft_sam._peft import BaseTuner, BaseTunerLayer
 from peft_sam.config import SamConfig
-from peft_sam.files.checkpoint import to_file
+from peft_sam.files.checkpoint import split, to_file
 from peft_sam.files.embeddings import embeddings_to_save
 from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import deltas_of, has_support, sam_layers
+from peft_sam.layers.found import deltas_of, has_support, pairs_of, sam_layers
 from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
-from peft_sam.tuner.arithmetic import Combined, changing, check_combination, combine_heads
+from peft_sam.tuner.arithmetic import Combined, changing, check_combination, check_pairs, combine_heads
 from peft_sam.tuner.embeddings import check_ties
 from peft_sam.tuner.filling import fill
 from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, unshare, withdraw
@@ -75,9 +75,11 @@ class SamModel(BaseTuner):
         return self.peft_config[adapter_name].selection is not None and not has_support(self.model, adapter_name)
 
     def stay_at_hand(self, adapter_name: str) -> None:
-        """Keep the deltas of a loaded adapter in memory, where PEFT has offloaded them with their layers."""
+        """Keep the deltas and pairs of a loaded adapter in memory, where PEFT has offloaded them with their layers."""
         for delta in deltas_of(self.model, adapter_name).values():
             delta.stay_at_hand()
+        for pair in pairs_of(self.model, adapter_name).values():
+            pair.stay_at_hand()
 
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter whose loading failed."""
@@ -109,7 +111,8 @@ class SamModel(BaseTuner):
 
         "linear" is Σ weight · Δ, so negative weights subtract; "ties", "dare_linear", "dare_ties" and
         "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
-        Heads (`modules_to_save`) are combined by what each changed. The new adapter is not active.
+        Heads (`modules_to_save`) are combined by what each changed, and low-rank pairs, for "linear" alone, into one of
+        the sum of their ranks. The new adapter is not active.
 
         A pending adapter has changed nothing, and counts as nothing, with a warning; if all are pending, so is the new
         one. That is what PEFT's other methods do with adapters that are not trained yet, which are zero, too.
@@ -127,14 +130,16 @@ class SamModel(BaseTuner):
                 raise PendingAdapterError(name, "combined")
             if self.peft_config[name].trainable_token_indices:
                 raise ValueError(f"adapter {name!r} has trainable_token_indices, which cannot be combined.")
+        check_pairs(sam_layers(self.model), adapters, combination_type)
         none = not changing(sam_layers(self.model), adapters, "combined")
         how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
         combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
         config = copy.copy(self.peft_config[adapters[0]])
         if not none:
-            config.target_modules = list(combined.parts)
+            config.target_modules = list(dict.fromkeys([*combined.parts, *sorted(combined.paired)]))
             config.target_parameters = config.exclude_modules = config.layers_to_transform = None
             config.record(combined.summary(), {})
+        config.r, config.lora_alpha, config.lora_dropout = combined.r, combined.r and float(combined.r), 0.0
         heads = {head for name in adapters for head in self.peft_config[name].modules_to_save or ()}
         config.modules_to_save = sorted(heads) or None
         self.peft_config[adapter_name] = config
@@ -250,6 +255,8 @@ class SamModel(BaseTuner):
         for layer in sam_layers(self.model).values():
             for name, delta in layer.deltas(adapter_name).items():
                 delta.to(layer.parameters_below()[name].dtype)
+            if (pair := layer.pair(adapter_name)) is not None:
+                pair.to(layer.parameters_below()["weight"].dtype)
 
     # Files
 
@@ -271,14 +278,14 @@ class SamModel(BaseTuner):
         warn_of_moved(model)
         state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         # of modules that another adapter trains densely, which PEFT passes over
-        originals = {key: t for key, t in state_dict.items() if f".sam_sparse_delta.{adapter_name}." in key}
+        originals = {key: t for key, t in state_dict.items() if split(key, adapter_name)[1]}
         return to_file(state | originals, sam_layers(model), adapter_name, config.save_dtype)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # all other keys are without it: PEFT's way would take `weight` for the name of an adapter that has it
-        before, found, after = key.rpartition(f".sam_sparse_delta.{adapter_name}.")
-        return f"{before}.sam_sparse_delta.{after}" if found else key
+        before, kind, after = split(key, adapter_name)
+        return f"{before}.{kind}.{after}" if kind else key
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -286,5 +293,5 @@ class SamModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check a file's tensors, then put them in the model, deltas with the sizes that the file has (`filling`)."""
         rest = fill(model, config, adapter_name, state_dict)
-        loaded = {k: t for k, t in model.state_dict().items() if f".sam_sparse_delta.{adapter_name}." in k}
+        loaded = {key: t for key, t in model.state_dict().items() if split(key, adapter_name)[1]}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest) | loaded

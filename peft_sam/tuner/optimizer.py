@@ -12,7 +12,11 @@ from torch.optim import Optimizer
 
 from peft_sam.config import SamConfig
 from peft_sam.layers.found import deltas_of
+from peft_sam.layers.low_rank import LowRank
 from peft_sam.sparse.delta import PendingAdapterError
+
+# LoRA's best rate over full fine-tuning's, with AdamW and α = 2 r (`benchmarks/results/recipes.md`)
+LORA = 30
 
 
 def create_sam_optimizer(
@@ -21,6 +25,7 @@ def create_sam_optimizer(
     *,
     lr: float,
     head_lr: float | None = None,
+    lora_lr: float | None = None,
     **options: Any,
 ) -> Optimizer:
     """An optimizer that gives each sparse adapter's values the rate lr / share.
@@ -40,14 +45,16 @@ def create_sam_optimizer(
         optimizer_cls: one whose steps grow neither with the gradient nor with the values: Adam, AdamW, Lion.
         lr: learning rate of full fine-tuning.
         head_lr: that of what is trained besides the adapters, such as a new head; `lr` by default.
+        lora_lr: that of low-rank pairs, as LoRA's; 30 times `lr` by default.
         options: of the optimizer, for all.
 
     Raises:
         PendingAdapterError: if the parameters of an adapter are not selected yet.
         ValueError: if no sparse adapter is trained, lr is no positive number, or an adapter does not know its share.
     """
-    head_lr = lr if head_lr is None else head_lr
-    for name, rate in (("lr", lr), ("head_lr", head_lr)):
+    for name, rate in (("lr", lr), ("head_lr", head_lr), ("lora_lr", lora_lr)):
+        if rate is None and name != "lr":
+            continue
         if isinstance(rate, bool) or not isinstance(rate, Real) or not 0 < rate < inf:
             raise ValueError(f"{name} must be a positive number, a learning rate such as 1e-4; got {rate!r}.")
     trained = {id(parameter): parameter for parameter in model.parameters() if parameter.requires_grad}
@@ -63,8 +70,11 @@ def create_sam_optimizer(
         )
     for group in groups:
         group["lr"] /= len(groups)
+    low_rank = [id(p) for module in model.modules() if isinstance(module, LowRank) for p in module.parameters()]
+    if pairs := [trained.pop(one) for one in low_rank if one in trained]:
+        groups.append({"params": pairs, "lr": LORA * lr if lora_lr is None else lora_lr})
     if trained:
-        groups.append({"params": list(trained.values()), "lr": head_lr})
+        groups.append({"params": list(trained.values()), "lr": lr if head_lr is None else head_lr})
     return optimizer_cls(groups, lr=lr, **options)
 
 

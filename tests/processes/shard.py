@@ -53,7 +53,7 @@ def by_accelerate(folder: Path, number: int) -> None:
         accelerator.state.fsdp_plugin = plugin
         assert accelerator.is_fsdp2
     torch.manual_seed(0)
-    model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
+    model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05, r=2))
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -86,7 +86,8 @@ def base_model(number: int) -> Any:
 
 def by_hand(folder: Path, rank: int, number: int, score: str) -> None:
     """The adapter comes to a base model that is sharded already."""
-    model: Any = get_peft_model(base_model(number), SamConfig(density=0.05, score=score, target_modules="all"))
+    r = 2 if score in ("fisher", "random") else None
+    model: Any = get_peft_model(base_model(number), SamConfig(density=0.05, score=score, target_modules="all", r=r))
     if model.peft_config["default"].needs_data:
         # batches of one, of which the last process has one less
         batches = [together([row]) for row in sentences(23)[rank::number]]

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam.layers.found import pairs_of
 from tests.processes.selecting import sentences, together
 from tests.shared.cases import VOCABULARY, bert
 
@@ -25,7 +26,9 @@ def adapted(**options: Any) -> Any:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    found = {name: delta.values.grad for name, delta in model.base_model.sparse_deltas().items()}
+    found: dict[str, Any] = {name: delta.values.grad for name, delta in model.base_model.sparse_deltas().items()}
+    for module, pair in pairs_of(model, "default").items():
+        found |= {f"{module}.{name}": factor.grad for name, factor in pair.named_parameters()}
     return {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in found.items()}
 
 
@@ -36,7 +39,7 @@ def batch() -> dict[str, Tensor]:
 
 def by_shards(number: int) -> dict[str, Tensor]:
     """Gradients of a model that FSDP2 shards; each process has all samples."""
-    model = adapted(score="random", init_weights=False)
+    model = adapted(score="random", init_weights=False, r=2)
     if number > 1:
         mesh = init_device_mesh("cpu", (number,))
         for layer in model.get_base_model().bert.encoder.layer:
@@ -48,7 +51,7 @@ def by_shards(number: int) -> dict[str, Tensor]:
 
 def by_copies(rank: int, number: int) -> dict[str, Tensor]:
     """Gradients by DistributedDataParallel, each process with samples of its own."""
-    model = adapted(score="random", init_weights=False)
+    model = adapted(score="random", init_weights=False, r=2)
     run = DistributedDataParallel(model) if number > 1 else model
     run(**{key: tensor[rank::number] for key, tensor in batch().items()}).loss.backward()
     return gradients(model)

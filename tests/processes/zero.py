@@ -51,7 +51,7 @@ def main() -> None:
         plugin.select(_from_accelerator_state=True)
         accelerator.deepspeed_engine_wrapped = None
     torch.manual_seed(0)
-    model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05))
+    model: Any = get_peft_model(bert(), SamConfig(task_type="SEQ_CLS", density=0.05, r=2))
     loader = DataLoader(sentences(23), batch_size=3, collate_fn=together)  # type: ignore[arg-type]
     selection = select_parameters(model, loader, accelerator=accelerator, progress=False)
     selection.save(folder / f"zero-{rank}.safetensors")

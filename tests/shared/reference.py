@@ -18,8 +18,13 @@ def dense_delta(delta: Any) -> Tensor:
     return dense.view(delta.shape)
 
 
-def adapted_copy(base: nn.Module, deltas: Mapping[str, Any]) -> nn.Module:
-    """A copy of an unwrapped base model with every Δ added to its parameters, in the parameters' dtype."""
+def adapted_copy(base: nn.Module, deltas: Mapping[str, Any], pairs: Mapping[str, Any] | None = None) -> nn.Module:
+    """A copy of an unwrapped base model with every Δ, then every pair's α/r · B·A, added to its parameters, in the
+    parameters' dtype.
+
+    Args:
+        pairs: by the name of the module.
+    """
     model = copy.deepcopy(base)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
@@ -28,6 +33,9 @@ def adapted_copy(base: nn.Module, deltas: Mapping[str, Any]) -> nn.Module:
             dense = dense_delta(delta)
             changed = (parameter.to(dense.dtype) + dense).to(parameter.dtype)
             parameter.copy_(torch.where(dense != 0, changed, parameter))
+        for module, pair in (pairs or {}).items():
+            weight, change = parameters[f"{module}.weight"], pair.lora_B @ pair.lora_A * (pair.alpha / pair.r)
+            weight.copy_((weight.to(change.dtype) + (change.t() if pair.transposed else change)).to(weight.dtype))
     return model
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam.layers.found import pairs_of
 from tests.shared.cases import FAMILIES, FamilyCase, names
 from tests.shared.reference import adapted_copy
 
@@ -21,14 +22,14 @@ def base_bits(model: Any) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if "sam_sparse_" not in n}
 
 
-@pytest.mark.parametrize("targets", [None, "all"])
+@pytest.mark.parametrize(("targets", "r"), [(None, None), ("all", None), (None, 2)])
 @pytest.mark.parametrize("case", FAMILIES, ids=names)
 def test_a_family_is_selected_by_data_trained_saved_loaded_and_merged(
-    tmp_path: Path, case: FamilyCase, targets: str | None
+    tmp_path: Path, case: FamilyCase, targets: str | None, r: int | None
 ) -> None:
     base, batch = case.make().eval(), case.batch(3)
     untouched = copy.deepcopy(base)
-    model = get_peft_model(base, SamConfig(density=0.05, target_modules=targets)).eval()
+    model = get_peft_model(base, SamConfig(density=0.05, target_modules=targets, r=r)).eval()
     selection = select_parameters(model, [batch], progress=False)
     linear = {name for name, module in untouched.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
     below_the_root = {name for name, _ in untouched.named_parameters() if "." in name}
@@ -54,7 +55,9 @@ def test_a_family_is_selected_by_data_trained_saved_loaded_and_merged(
         model.save_pretrained(tmp_path, save_embedding_layers=False)
         loaded = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path)
         assert torch.equal(loaded(**batch).loss, expected)
-        dense = adapted_copy(untouched, model.base_model.sparse_deltas())
+        pairs = pairs_of(model, "default")
+        assert bool(pairs) == (r is not None)
+        dense = adapted_copy(untouched, model.base_model.sparse_deltas(), pairs)
         torch.testing.assert_close(dense(**batch).loss, expected)
         loaded.merge_adapter()
         merged = {n.replace(".base_layer", ""): p for n, p in loaded.get_base_model().named_parameters()}

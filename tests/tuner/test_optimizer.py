@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from peft_sam import PendingAdapterError, SamConfig, create_sam_optimizer, select_parameters
+from peft_sam.layers.found import pairs_of
 from tests.selecting.test_select import arguments, text_data
 from tests.shared.cases import bert
 
@@ -107,8 +108,8 @@ def test_an_adapter_that_takes_another_support_forgets_its_share() -> None:
         create_sam_optimizer(other, torch.optim.AdamW, lr=LR)
 
 
-def trained(folder: Path, resume: str | None = None) -> Any:
-    model = make()
+def trained(folder: Path, resume: str | None = None, **options: Any) -> Any:
+    model = make(**options)
     args = arguments(folder, max_steps=6, save_strategy="steps", save_steps=3)
     trainer = Trainer(model=model, args=args, train_dataset=text_data(24))
     select_parameters(trainer)
@@ -117,13 +118,20 @@ def trained(folder: Path, resume: str | None = None) -> Any:
     return model
 
 
-def test_a_trainer_trains_with_it_and_resumes_bit_for_bit(tmp_path: Path) -> None:
-    whole = trained(tmp_path / "whole")
-    again = trained(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-3"))
+@pytest.mark.parametrize("options", [{}, {"r": 2, "lora_dropout": 0.1}], ids=["deltas", "with pairs"])
+def test_a_trainer_trains_with_it_and_resumes_bit_for_bit(options: dict[str, Any], tmp_path: Path) -> None:
+    whole = trained(tmp_path / "whole", **options)
+    again = trained(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-3"), **options)
     deltas = again.base_model.sparse_deltas()
     assert any(bool(delta.values.any()) for delta in deltas.values())
     for name, delta in whole.base_model.sparse_deltas().items():
         assert torch.equal(delta.values, deltas[name].values)
+    pairs = pairs_of(again, "default")
+    assert bool(pairs) == ("r" in options)
+    for name, pair in pairs_of(whole, "default").items():
+        assert bool(pair.lora_B.any())
+        assert torch.equal(pair.lora_A, pairs[name].lora_A)
+        assert torch.equal(pair.lora_B, pairs[name].lora_B)
 
 
 def made_of_others() -> Any:

@@ -1,7 +1,7 @@
 """A law of any order: whatever is done to adapters one after the other, the model is the dense one.
 
-The oracle holds the base's bits and each adapter's Δ as a dense tensor. After every step the model's parameters, its
-deltas, its outputs and the bits of the base are compared with it.
+The oracle holds the base's bits, each adapter's sparse Δ as a dense tensor, and A and B of its low-rank pairs. After
+every step the model's parameters, its deltas, its outputs and the bits of the base are compared with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_sam import SamConfig, select_parameters
-from peft_sam.layers.found import module_of
+from peft_sam.layers.found import module_of, pairs_of
 from tests.shared.reference import dense_delta
 
 Dense = dict[str, Tensor]
@@ -70,6 +70,7 @@ class AnyOrder(RuleBasedStateMachine):
         """One adapter, which is active."""
         self.model: Any = get_peft_model(copy.deepcopy(BASE), self.config(0.2, seed))
         self.deltas: dict[str, Dense] = {}
+        self.pairs: dict[str, dict[str, tuple[Tensor, Tensor, float]]] = {}
         self.active, self.merged = ["default"], list[str]()
         self.take("default")
 
@@ -82,6 +83,17 @@ class AnyOrder(RuleBasedStateMachine):
         self.deltas[name] = {key: dense_delta(delta) for key, delta in self.sparse(name).items()}
         self.supports = getattr(self, "supports", {})
         self.supports[name] = {key: delta.indices.clone() for key, delta in self.sparse(name).items()}
+        self.pairs[name] = {
+            f"{module}.weight": (pair.lora_A.detach().clone(), pair.lora_B.detach().clone(), pair.alpha / pair.r)
+            for module, pair in pairs_of(self.model, name).items()
+        }
+
+    def change(self, name: str) -> Dense:
+        """Δ of an adapter, its pairs included."""
+        found = dict(self.deltas[name])
+        for key, (a, b, scale) in self.pairs[name].items():
+            found[key] = found.get(key, 0) + scale * b @ a
+        return found
 
     def sparse(self, name: str) -> Any:
         return self.model.base_model.sparse_deltas(name)
@@ -93,31 +105,31 @@ class AnyOrder(RuleBasedStateMachine):
         """θ⁰ + Σ Δ."""
         found = {name: parameter.detach().clone() for name, parameter in BASE.named_parameters()}
         for name in names:
-            for key, delta in self.deltas[name].items():
+            for key, delta in self.change(name).items():
                 found[key] = found[key] + delta
         return found
 
     # What is done
 
     @precondition(lambda self: self.free())
-    @rule(density=st.sampled_from([0.05, 0.3, 1.0]), seed=st.integers(0, 5))
-    def add(self, density: float, seed: int) -> None:
+    @rule(density=st.sampled_from([0.05, 0.3, 1.0]), seed=st.integers(0, 5), r=st.sampled_from([None, 1, 3]))
+    def add(self, density: float, seed: int, r: int | None) -> None:
         name = self.free()
-        self.model.add_adapter(name, self.config(density, seed))
+        self.model.add_adapter(name, self.config(density, seed, r=r))
         self.merged = []  # PEFT unmerges first
         self.take(str(name))
 
     @precondition(lambda self: self.free() and not self.merged)
-    @rule(density=st.sampled_from([0.05, 0.2]))
-    def add_and_select(self, density: float) -> None:
+    @rule(density=st.sampled_from([0.05, 0.2]), r=st.sampled_from([None, 2]))
+    def add_and_select(self, density: float, r: int | None) -> None:
         name = self.free()
-        self.model.add_adapter(name, self.config(density, 0, score="sam", init_weights=True))
+        self.model.add_adapter(name, self.config(density, 0, score="sam", init_weights=True, r=r))
         selection = select_parameters(
             self.model, [0], adapter_name=name, loss_fn=lambda model, _: loss_of(model), progress=False
         )
         self.take(str(name))
         assert sum(map(len, self.supports[str(name)].values())) == selection.k
-        assert not any(bool(delta.any()) for delta in self.deltas[str(name)].values())
+        assert not any(bool(delta.any()) for delta in self.change(str(name)).values())
 
     def idle(self) -> list[str]:
         """Adapters that are not active; nor the one that PeftModel goes on to name where they are others."""
@@ -128,7 +140,7 @@ class AnyOrder(RuleBasedStateMachine):
     def delete(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.idle()))
         self.model.delete_adapter(name)
-        del self.deltas[name], self.supports[name]
+        del self.deltas[name], self.supports[name], self.pairs[name]
 
     @rule(data=st.data())
     def activate(self, data: st.DataObject) -> None:
@@ -173,6 +185,10 @@ class AnyOrder(RuleBasedStateMachine):
                 if key in self.supports[name]:
                     at = self.supports[name][key]
                     self.deltas[name][key].flatten()[at] -= RATE * gradient.flatten()[at]
+                if key in self.pairs[name]:
+                    a, b, scale = self.pairs[name][key]
+                    step = RATE * scale * gradient
+                    self.pairs[name][key] = (a - b.t() @ step, b - step @ a.t(), scale)
 
     @precondition(lambda self: self.free())
     @rule(data=st.data())
@@ -188,7 +204,7 @@ class AnyOrder(RuleBasedStateMachine):
             torch.testing.assert_close(alone(ROWS, X), self.outputs([name]), rtol=1e-4, atol=1e-5)
         self.merged = []
         self.deltas[new] = {key: delta.clone() for key, delta in self.deltas[name].items()}
-        self.supports[new] = dict(self.supports[name])
+        self.supports[new], self.pairs[new] = dict(self.supports[name]), dict(self.pairs[name])
 
     @rule()
     def copy(self) -> None:
@@ -206,10 +222,10 @@ class AnyOrder(RuleBasedStateMachine):
         self.model.add_weighted_adapter(of, list(weights), new, combination_type="linear")
         expected: Dense = {}
         for name, weight in zip(of, weights, strict=True):
-            for key, delta in self.deltas[name].items():
+            for key, delta in self.change(name).items():
                 expected[key] = expected.get(key, torch.zeros_like(delta)) + weight * delta
         self.take(new)
-        torch.testing.assert_close(self.deltas[new], expected)
+        torch.testing.assert_close(self.change(new), expected)
 
     @precondition(lambda self: not self.merged)
     @rule()
@@ -232,6 +248,10 @@ class AnyOrder(RuleBasedStateMachine):
             torch.testing.assert_close(
                 {key: dense_delta(d) for key, d in found.items()}, expected, rtol=1e-4, atol=1e-6
             )
+            pairs = {f"{module}.weight": pair for module, pair in pairs_of(self.model, name).items()}
+            assert pairs.keys() == self.pairs[name].keys()
+            for key, (a, b, _) in self.pairs[name].items():
+                torch.testing.assert_close([pairs[key].lora_A, pairs[key].lora_B], [a, b], rtol=1e-4, atol=1e-6)
 
     @invariant()
     def the_base_has_its_bits_unless_merged_and_then_the_sum(self) -> None:
@@ -251,7 +271,9 @@ class AnyOrder(RuleBasedStateMachine):
     def the_active_adapters_are_trained_and_no_others(self) -> None:
         assert sorted(self.model.active_adapters) == sorted(self.active)
         for name in self.deltas:
-            assert {d.values.requires_grad for d in self.sparse(name).values()} == {name in self.active}
+            pairs = [p for pair in pairs_of(self.model, name).values() for p in pair.parameters()]
+            values = [d.values for d in self.sparse(name).values()]
+            assert {p.requires_grad for p in values + pairs} == {name in self.active}
 
     def teardown(self) -> None:
         """Unloading gives the base back, bit for bit."""

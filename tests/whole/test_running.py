@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam.layers.found import pairs_of
 from tests.shared.cases import NETS, VOCABULARY, gpt2, llama, t5
 from tests.shared.versions import compiles
 
@@ -32,8 +33,9 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:.*offloaded:UserWarning")
+@pytest.mark.parametrize("r", [None, 3])
 def test_a_model_with_a_layer_on_disk_selects_trains_loads_and_merges_as_one_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    r: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # PEFT writes the offloaded layers anew below the working directory
     llama().save_pretrained(tmp_path / "base")
@@ -48,7 +50,7 @@ def test_a_model_with_a_layer_on_disk_selects_trains_loads_and_merges_as_one_in_
 
     models = []
     for device_map in (None, dict(places)):
-        model: Any = get_peft_model(load(device_map), SamConfig(task_type="CAUSAL_LM", density=0.1))
+        model: Any = get_peft_model(load(device_map), SamConfig(task_type="CAUSAL_LM", density=0.1, r=r))
         select_parameters(model, [BATCH], progress=False)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
         for _ in range(2):
@@ -70,6 +72,8 @@ def test_a_model_with_a_layer_on_disk_selects_trains_loads_and_merges_as_one_in_
         offload_dir=tmp_path / "again",
     )
     assert torch.equal(logits(loaded), logits(offloaded))
+    factors = [factor for pair in pairs_of(loaded, "default").values() for factor in pair.parameters()]
+    assert {factor.device.type for factor in factors} == (set() if r is None else {"cpu"})
     for model in (offloaded, loaded):
         before = logits(model)
         model.merge_adapter()

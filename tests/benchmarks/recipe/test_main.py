@@ -35,7 +35,7 @@ def test_the_methods_of_a_size_train_as_many_entries_as_lora_of_its_rank(rank: i
     density = of_rank_one / sum(layer.weight.numel() for layer in layers)
     batches = [collate(task.train[at : at + 2], 0) for at in (0, 2)]
     for text in methods(Bed(BEDS["docs"].run, (rank,), density, 2, 2), rank):
-        spec = parse(text.replace("warm=64", "warm=1"))
+        spec = parse(text)
         own = spec.of_the_run.get("density", density)
         method, model = spec.make(), build(llama, task, "first", 0)
         setup = Setup(own, 0, 2, 1e-3, batches, HEAD, names)

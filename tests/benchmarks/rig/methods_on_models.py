@@ -57,7 +57,6 @@ METHODS: dict[str, Callable[[], Method]] = {
     "DiffPruning, projected every 3 steps": lambda: DiffPruning(burn_in=1.0, project_every=3),
     "SAM": Sparse,
     "hybrid": Hybrid,
-    "hybrid, warmed": lambda: Hybrid(r=2, warm=3, scale=0.5),
 }
 PRUNING = [name for name in METHODS if name.startswith("DiffPruning")]
 

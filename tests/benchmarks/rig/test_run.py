@@ -55,7 +55,7 @@ def test_every_method_trains_what_it_says_and_the_head(
         "bitfit": sum(p.numel() for n, p in encoder.named_parameters() if n.endswith("bias")),
         "lora": 8 * sum(m.in_features + m.out_features for m in linear),
         "shira": sum(m.in_features + m.out_features for m in linear),  # the smallest rank is 1
-        "hybrid": sum(m.in_features + m.out_features for m in linear) + math.floor(0.02 * entries),
+        "hybrid": 4 * sum(m.in_features + m.out_features for m in linear) + math.floor(0.02 * entries),
     }
     exact = wanted.get(method, math.floor(0.02 * entries))
     if method == "sam_tensor":

@@ -1,0 +1,142 @@
+"""Low-rank changes of linear layers' weights beside the sparse ones (RoSA, Nikdan et al. 2024, arXiv 2401.04679)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.ops import compose
+
+# Standard deviation of B where init_weights=False wants a change that is not zero.
+TEST_INIT_STD = 0.02
+
+
+class LowRank(nn.Module):
+    """α/r · B·A, added to the weight of a linear layer (Hu et al. 2021, arXiv 2106.09685).
+
+    Attributes:
+        lora_A, lora_B: (r × inputs) and (outputs × r), trained; B starts at zero.
+        alpha: α.
+        dropout: of the inputs, while it is trained.
+        transposed: whether the weight is stored as (inputs × outputs).
+        seed, zero: of how it starts (`reset`).
+
+    Args:
+        shape: of the weight.
+    """
+
+    def __init__(
+        self,
+        shape: torch.Size,
+        transposed: bool,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        seed: int = 0,
+        zero: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        outputs, inputs = reversed(shape) if transposed else shape
+        self.lora_A = nn.Parameter(torch.empty(r, inputs, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(outputs, r, dtype=dtype, device=device))
+        self.alpha, self.dropout, self.transposed = float(alpha), dropout, transposed
+        self.seed, self.zero = seed, zero
+        self._remembered: dict[str, nn.Parameter] = {}
+        self.reset()
+
+    @property
+    def r(self) -> int:
+        """The rank."""
+        return len(self.lora_A)
+
+    @property
+    def scaling(self) -> float:
+        """α/r."""
+        return self.alpha / self.r
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """A as PEFT's LoRA starts it, but the same in all processes; B zero, or small random numbers."""
+        if self.lora_A.is_meta:
+            return
+        generator = torch.Generator().manual_seed(self.seed)
+        # kaiming_uniform_ with a = √5
+        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        a, b = (torch.zeros(own.shape, dtype=torch.float32, device="cpu") for own in (self.lora_A, self.lora_B))
+        self.lora_A.copy_(a.uniform_(-bound, bound, generator=generator))
+        self.lora_B.copy_(b if self.zero else b.normal_(std=TEST_INIT_STD, generator=generator))
+
+    def expect_dispatch(self) -> None:
+        """Remember A and B: PEFT is about to have Accelerate place the model's layers, on disk perhaps."""
+        self._remembered = dict(self.named_parameters())
+
+    def stay_at_hand(self) -> None:
+        """Bring them back if they were offloaded with their layer, as `SparseDelta` does."""
+        remembered, self._remembered = self._remembered, {}
+        hook: Any = getattr(self, "_hf_hook", None)
+        if remembered and hook is not None:
+            for name, factor in remembered.items():
+                setattr(self, name, factor)
+            remove_hook_from_module(self)
+            self.to(hook.execution_device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What it adds to the layer's output for inputs x of shape (..., inputs)."""
+        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scaling
+
+    def dense(self) -> Tensor:
+        """α/r · B·A in the shape of the weight, in float32 or better, also under autocast; differentiable."""
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            found = self.lora_B.to(dtype) @ self.lora_A.to(dtype) * self.scaling
+        return found.t() if self.transposed else found
+
+    def extra_repr(self) -> str:
+        """What a printed model shows."""
+        return f"r={self.r}, alpha={self.alpha:g}" + (f", dropout={self.dropout:g}" if self.dropout else "")
+
+
+class Pair(NamedTuple):
+    """A low-rank change at an adapter's scale."""
+
+    low_rank: LowRank
+    scale: float
+
+    def product(self, x: Tensor) -> Tensor:
+        """What it adds to the layer's output."""
+        y: Tensor = self.low_rank(x)
+        return y if self.scale == 1 else y * self.scale
+
+    def dense(self) -> Tensor:
+        """The change, in the shape of the weight; differentiable."""
+        return self.low_rank.dense() * self.scale
+
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The weight with it, in the weight's dtype; the sum is in that of the change."""
+        change = self.dense()
+        return (weight.to(change.dtype) + change.to(weight.device)).to(weight.dtype)
+
+
+# parameter name → what changes it, in order
+Changes = Mapping[str, Sequence[SparseDelta | Pair]]
+
+
+def composed_with(parameter: Tensor, changes: Sequence[SparseDelta | Pair]) -> Tensor:
+    """θ + Δ₁ + Δ₂ + …, each sum rounded to θ's dtype in turn (`compose`), where some of the changes are low-rank."""
+    sparse: list[SparseDelta] = []
+    for change in changes:
+        if isinstance(change, Pair):
+            parameter, sparse = change.added_to(compose(parameter, sparse)), []
+        else:
+            sparse.append(change)
+    return compose(parameter, sparse)
