@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,10 @@ from benchmarks.recipe.beds import GRID_SEED
 from benchmarks.rig.language import DOCS
 from benchmarks.rig.lines import Common, Line, alike, chosen, headline, markdown, spread, told
 
-# What the methods of one table may differ in.
-COMPARED = ("method", "seed", "lr")
+# What the methods of one table may differ in. One with other numbers of steps is compared at equal work.
+COMPARED = ("method", "seed", "lr", "steps", "eval_every")
+# what parts a method's name from the number of its steps, where that is another than the bed's
+OTHER_STEPS = ", steps "
 
 
 @dataclass(frozen=True)
@@ -46,10 +49,14 @@ def is_loss(line: Line) -> bool:
     return line["config"]["task"] == DOCS
 
 
-def fresh(lines: Iterable[Line]) -> dict[str, dict[int, Line]]:
-    """Method → seed → its line at the learning rate that was chosen, without the seed that chose it."""
+def fresh(lines: Iterable[Line], steps: int | None = None) -> dict[str, dict[int, Line]]:
+    """Method → seed → its line at the learning rate that was chosen, without the seed that chose it.
+
+    Args:
+        steps: those of the bed; a method with others says how many it took.
+    """
     found: dict[str, dict[int, Line]] = {}
-    for method, of in _by_method(lines).items():
+    for method, of in _by_method(lines, steps).items():
         (best,) = chosen(of).values()
         seeds = {line["config"]["seed"]: line for line in best if line["config"]["seed"] != GRID_SEED}
         if seeds:
@@ -57,19 +64,31 @@ def fresh(lines: Iterable[Line]) -> dict[str, dict[int, Line]]:
     return found
 
 
-def _by_method(lines: Iterable[Line]) -> dict[str, list[Line]]:
+def _by_method(lines: Iterable[Line], steps: int | None) -> dict[str, list[Line]]:
     found: dict[str, list[Line]] = {}
     for line in lines:
-        found.setdefault(line["config"]["method"], []).append(line)
+        config = line["config"]
+        other = f"{OTHER_STEPS}{config['steps']}" if steps not in (None, config["steps"]) else ""
+        found.setdefault(config["method"] + other, []).append(line)
     return found
 
 
 def rival(method: str, runs: dict[str, dict[int, Line]]) -> str | None:
-    """The LoRA whose size is nearest to a method's; none if it is one itself, or there is none."""
-    loras = [name for name in runs if name.startswith("lora")]
-    if method in loras or not loras:
+    """Of the LoRAs whose size is nearest to a method's the best; none if it is one itself, or there is none.
+
+    None either of another number of steps, nor for one.
+    """
+    loras = [name for name in runs if name.startswith("lora") and OTHER_STEPS not in name]
+    if method.startswith("lora") or OTHER_STEPS in method or not loras:
         return None
-    return min(loras, key=lambda name: abs(_any(runs[name])["trained"] - _any(runs[method])["trained"]))
+    size = _any(runs[method])["trained"]
+    worse = 1 if is_loss(_any(runs[method])) else -1
+
+    def rank(name: str) -> tuple[int, float]:
+        mean = statistics.fmean(quality(line) for line in runs[name].values())
+        return abs(_any(runs[name])["trained"] - size), worse * mean
+
+    return min(loras, key=rank)
 
 
 def ahead(mine: dict[int, Line], other: dict[int, Line]) -> Estimate | None:
@@ -86,8 +105,12 @@ def _any(lines: dict[int, Line]) -> Line:
 
 def beds(lines: Iterable[Line]) -> dict[Common, dict[str, dict[int, Line]]]:
     """Configuration → method → seed → line, of all that have a result on a fresh seed."""
-    every = {common: fresh(of) for common, of in alike(lines, COMPARED).items()}
-    return {common: runs for common, runs in every.items() if runs}
+    found = {}
+    for common, of in alike(lines, COMPARED).items():
+        ((steps, _),) = Counter(line["config"]["steps"] for line in of).most_common(1)
+        if runs := fresh(of, steps):
+            found[(*common, ("steps", steps))] = runs
+    return found
 
 
 def report(lines: Iterable[Line]) -> str:

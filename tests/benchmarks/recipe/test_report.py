@@ -76,7 +76,7 @@ def test_a_method_is_compared_seed_by_seed_with_the_lora_of_its_size() -> None:
 
 def test_the_table_has_results_differences_forgetting_and_work() -> None:
     told = report(LINES).splitlines()
-    assert told[0] == "model tiny, task docs, steps 9, eval_every 9"
+    assert told[0] == "model tiny, task docs, steps 9"
     assert told[2:] == [
         "| method | lr | trained | seeds | test loss | ahead of LoRA | loss on other text | CPU s "
         "| of it before training |",
@@ -91,3 +91,19 @@ def test_the_table_has_results_differences_forgetting_and_work() -> None:
 def test_there_is_no_figure_without_results(tmp_path: Path) -> None:
     assert draw(LINES[:2], tmp_path) == []
     assert [path.name for path in draw(LINES, tmp_path)] == ["size.svg", "work.svg"]
+
+
+def test_of_loras_of_one_size_the_best_is_the_one_to_compare_with() -> None:
+    other = [line("lora:alpha=9,r=2", seed, 0.2, 1.5) for seed in (1, 2)]
+    assert rival("random", fresh([*LINES, *other])) == "lora:alpha=9,r=2"
+    assert rival("random", fresh([*other, *LINES])) == "lora:alpha=9,r=2"
+
+
+def test_another_number_of_steps_is_a_row_of_its_own_and_nobody_s_rival() -> None:
+    longer = [line("lora:r=2", seed, 0.2, 1.2) for seed in (1, 2)]
+    for one in longer:
+        one["config"] |= {"steps": 12, "eval_every": 12}
+    told = report([*LINES, *longer])
+    assert told.count("model tiny") == 1
+    assert "| lora:r=2, steps 12 | 0.2 | 100 | 2 | 1.200 ± 0.000 | – |" in told
+    assert "| 0.150 ± 0.050 (2) |" in told
