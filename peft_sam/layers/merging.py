@@ -14,9 +14,6 @@ from peft_sam.layers.owned import is_plain, stored_parameter
 from peft_sam.layers.quantised import Codes, dequantised, put_back, requantise
 from peft_sam.sparse.delta import SparseDelta, changed, version_of
 
-# the share of a weight's entries that stay the same to rounding where nobody has written to them
-ALIKE = 0.99
-
 
 class Change(NamedTuple):
     """What merging did to one parameter: its entries at `indices` were `original`; None: all of it was.
@@ -136,25 +133,26 @@ def restore(base: nn.Module, changes: list[Change]) -> None:
         original = change.original.to(parameter.device, parameter.dtype)
         indices = None if change.indices is None else change.indices.to(parameter.device)
         now, written = parameter if indices is None else parameter.take(indices), _written(change, original)
-        if written is not None and _is_other(now, written, rounded=indices is None):
-            original = (original.double() + (now.double() - written.double())).to(parameter.dtype)
+        if written is not None:
+            original = _with_what_others_did(original, written, now, rounded=indices is None)
         if indices is None:
             parameter.copy_(original)
         else:
             _put(parameter, indices, original)
 
 
-def _is_other(now: Tensor, written: Tensor, rounded: bool) -> bool:
-    """Whether somebody has written to entries since.
+def _with_what_others_did(original: Tensor, written: Tensor, now: Tensor, rounded: bool) -> Tensor:
+    """The original entries, and where others have changed what was written, their change on top; waits for no device.
 
     Args:
-        rounded: a product of two factors is in them, which another device or number of threads rounds otherwise.
+        rounded: a product of two factors was written, which another device or number of threads rounds otherwise.
     """
-    same = (now == written) | (now.isnan() & written.isnan())
-    if not rounded:
-        return not bool(same.all())
-    close = (now.double() - written.double()).abs() <= 2 * torch.finfo(now.dtype).eps * written.double().abs()
-    return float((same | close).double().mean()) < ALIKE
+    dtype = torch.promote_types(now.dtype, torch.float32)
+    change = now.to(dtype) - written.to(dtype)
+    kept = (now == written) | (now.isnan() & written.isnan())
+    if rounded:
+        kept |= change.abs() <= 2 * torch.finfo(now.dtype).eps * written.to(dtype).abs()
+    return torch.where(kept, original, (original.to(dtype) + change).to(original.dtype))
 
 
 def _written(change: Change, original: Tensor) -> Tensor | None:

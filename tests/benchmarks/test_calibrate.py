@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from peft_sam.sparse.costs import CPU, Costs
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
+@pytest.mark.extra
 def test_the_measured_row_names_costs_and_none_of_them_is_free() -> None:
     command = [sys.executable, FOLDER / "calibrate.py", "--tiny", "--device", "cpu"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()

@@ -38,6 +38,7 @@ def test_the_quickstart_selects_trains_reloads_and_prints_its_table(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.extra
 def test_the_quickstart_compares_methods_on_a_folder_of_json_lines(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "cola"
     folder.mkdir(parents=True)
