@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peft_sam.sparse.at_hand import AtHand
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.ops import compose
 
@@ -18,7 +18,7 @@ from peft_sam.sparse.ops import compose
 TEST_INIT_STD = 0.02
 
 
-class LowRank(nn.Module):
+class LowRank(AtHand):
     """α/r · B·A, added to the weight of a linear layer (Hu et al. 2021, arXiv 2106.09685).
 
     Attributes:
@@ -50,13 +50,18 @@ class LowRank(nn.Module):
         self.lora_B = nn.Parameter(torch.empty(outputs, r, dtype=dtype, device=device))
         self.alpha, self.dropout, self.transposed = float(alpha), dropout, transposed
         self.seed, self.zero = seed, zero
-        self._remembered: dict[str, nn.Parameter] = {}
         self.reset()
 
     @property
     def r(self) -> int:
         """The rank."""
         return len(self.lora_A)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        outputs, inputs = len(self.lora_B), self.lora_A.shape[1]
+        return torch.Size((inputs, outputs) if self.transposed else (outputs, inputs))
 
     @property
     def scaling(self) -> float:
@@ -74,20 +79,6 @@ class LowRank(nn.Module):
         a, b = (torch.zeros(own.shape, dtype=torch.float32, device="cpu") for own in (self.lora_A, self.lora_B))
         self.lora_A.copy_(a.uniform_(-bound, bound, generator=generator))
         self.lora_B.copy_(b if self.zero else b.normal_(std=TEST_INIT_STD, generator=generator))
-
-    def expect_dispatch(self) -> None:
-        """Remember A and B: PEFT is about to have Accelerate place the model's layers, on disk perhaps."""
-        self._remembered = dict(self.named_parameters())
-
-    def stay_at_hand(self) -> None:
-        """Bring them back if they were offloaded with their layer, as `SparseDelta` does."""
-        remembered, self._remembered = self._remembered, {}
-        hook: Any = getattr(self, "_hf_hook", None)
-        if remembered and hook is not None:
-            for name, factor in remembered.items():
-                setattr(self, name, factor)
-            remove_hook_from_module(self)
-            self.to(hook.execution_device)
 
     def forward(self, x: Tensor) -> Tensor:
         """What it adds to the layer's output for inputs x of shape (..., inputs)."""
@@ -111,6 +102,11 @@ class Pair(NamedTuple):
 
     low_rank: LowRank
     scale: float
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the weight."""
+        return self.low_rank.shape
 
     def product(self, x: Tensor) -> Tensor:
         """What it adds to the layer's output."""

@@ -47,12 +47,11 @@ def check_merge(
             with `safe_merge`, if an entry would not be finite.
     """
     for name, of in _by_parameter(deltas, pair).items():
-        stored = stored_parameter(base, name)
         writable = backend is not None and backend.supports_merge
-        if not is_plain(stored) and not writable:
+        if not is_plain(stored_parameter(base, name)) and not writable:
             how = "quantised or offloaded" if backend is None else f"quantised ({backend.backend_name})"
             raise ValueError(
-                f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape {_shape(of[0])} is "
+                f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape {tuple(of[0].shape)} is "
                 f"{how} in a way that cannot be written back. Merge into the full-precision model."
             )
         if safe_merge and not _after(_weight(base, name, backend), of)[1].isfinite().all():
@@ -96,10 +95,6 @@ def _by_parameter(deltas: Mapping[str, SparseDelta], pair: Pair | None) -> dict[
     if pair is not None:
         found.setdefault("weight", []).append(pair)
     return found
-
-
-def _shape(change: SparseDelta | Pair) -> tuple[int, ...]:
-    return tuple(change.dense().shape if isinstance(change, Pair) else change.shape)
 
 
 def _after(weight: Tensor, changes: list[SparseDelta | Pair]) -> tuple[Tensor | None, Tensor]:

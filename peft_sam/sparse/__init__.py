@@ -5,7 +5,7 @@ Imported by: selection, layers, files, tuner, export.
 
 * `support`: what a support is; `coding`: a support in few bytes, as adapter files hold it.
 * `delta`: `SparseDelta`, a support and its values, pending until it has one.
-* `scaled`: a delta times a number.
+* `scaled`: a delta times a number; `at_hand`: parameters that stay in memory where their layer is offloaded.
 * `ops`: the products with W + Δ and their gradients, by the ways of `products`, chosen once per support in `plan` by
   the `costs` of the device; `scratch`: the buffers that layers share.
 """

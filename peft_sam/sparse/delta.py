@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from torch import Tensor, nn
 
+from peft_sam.sparse.at_hand import AtHand
 from peft_sam.sparse.coding import code_length, decode, encode
 from peft_sam.sparse.support import check_support
 
@@ -36,7 +36,7 @@ class PendingAdapterError(RuntimeError):
         )
 
 
-class SparseDelta(nn.Module):
+class SparseDelta(AtHand):
     """Δ of one parameter θ of shape `shape`: Δ.flatten()[indices] = values, and 0 elsewhere.
 
     Its state, in memory as in files, is the code of the support and the values.
@@ -58,7 +58,6 @@ class SparseDelta(nn.Module):
         self.register_buffer("support", _code(indices, self.shape.numel()))
         self._forget()
         self._sharded = False
-        self._remembered: nn.Parameter | None = None
 
     @classmethod
     def place_holder(cls, parameter: Tensor) -> SparseDelta:
@@ -76,22 +75,6 @@ class SparseDelta(nn.Module):
     def pending(self) -> bool:
         """Whether there is no support yet, or none in memory."""
         return bool(self.derive("pending", _has_no_support))
-
-    def expect_dispatch(self) -> None:
-        """Remember the values: PEFT is about to have Accelerate place the model's layers, on disk perhaps."""
-        self._remembered = self.values
-
-    def stay_at_hand(self) -> None:
-        """Bring the values back if they were offloaded with their layer.
-
-        They are few, and nobody calls a delta, so that Accelerate's hook would never bring them.
-        """
-        remembered, self._remembered = self._remembered, None
-        hook: Any = getattr(self, "_hf_hook", None)
-        if remembered is not None and hook is not None:
-            self.values = remembered
-            remove_hook_from_module(self)
-            self.to(hook.execution_device)
 
     def derive(self, key: Any, make: Callable[[Any], Any]) -> Any:
         """`make(self)`, kept until the support changes: loading, moving and re-choosing all change it."""
