@@ -129,7 +129,8 @@ def _table(runs: dict[str, dict[int, Line]]) -> str:
             sign * estimate([quality(line) for line in runs[name].values()]).mean,
         ),
     )
-    head = ["method", "lr", "trained", "seeds", "test loss" if loss else "test", "ahead of LoRA"]
+    head = ["method", "lr", "trained", "seeds", "test loss" if loss else "test"]
+    head += ["ahead of LoRA", "of LoRA in other steps"]
     head += ["loss on other text"] * loss + ["CPU s", "of it before training"]
     return markdown(head, [_row(name, runs, digits, loss) for name in order])
 
@@ -145,6 +146,10 @@ def _row(name: str, runs: dict[str, dict[int, Line]], digits: int, loss: bool) -
     cells = [name, f"{one['config']['lr']:g}", f"{one['trained']:,}", str(len(lines))]
     cells.append(estimate([quality(line) for line in lines]).text(digits))
     cells.append("–" if difference is None else f"{difference.text(digits)} ({difference.seeds})")
+    others = [of for of in runs if other and of.startswith(f"{other}{OTHER_STEPS}")]
+    found = {of.rpartition(" ")[2]: ahead(mine, runs[of]) for of in others}
+    texts = [f"{steps}: {of.text(digits)} ({of.seeds})" for steps, of in sorted(found.items()) if of]
+    cells.append("; ".join(texts) or "–")
     if loss:
         cells.append(estimate([-line["test"]["other"] for line in lines]).text(digits))
     return [*cells, f"{work(lines):.0f}", f"{statistics.fmean(line['cpu']['selection'] for line in lines):.0f}"]

@@ -86,4 +86,4 @@ def product_of_few(layer: Any, args: Any, kwargs: Any) -> Tensor | None:
     y = F.linear(x, weight, base._parameters["bias"])
     add_csr(y, x, found.csr)
     pair = modules["sam_sparse_low_rank"]._modules.get(active[0])
-    return y if pair is None else y + pair(x).to(y.dtype)
+    return y if pair is None else pair(y, x)

@@ -109,7 +109,7 @@ class SamLinear(SamLayer):
         sparse = {n: [one for one in of if not isinstance(one, Pair)] for n, of in changes.items()}
         y: Tensor = self._with_deltas({name: of for name, of in sparse.items() if of}, args[0])
         for pair in pairs:
-            y = y + pair.product(args[0]).to(y.device, y.dtype)
+            y = pair.added_to_output(y, args[0])
         return y
 
     def _with_deltas(self, changes: Any, x: Tensor) -> Any:

@@ -78,12 +78,12 @@ def test_the_table_has_results_differences_forgetting_and_work() -> None:
     told = report(LINES).splitlines()
     assert told[0] == "model tiny, task docs, steps 9"
     assert told[2:] == [
-        "| method | lr | trained | seeds | test loss | ahead of LoRA | loss on other text | CPU s "
-        "| of it before training |",
-        "| --- |" + " ---: |" * 8,
-        "| lora:r=2 | 0.2 | 100 | 3 | 2.100 ± 0.058 | – | 4.200 ± 0.115 | 40 | 10 |",
-        "| random | 0.3 | 101 | 3 | 3.633 ± 1.684 | 0.150 ± 0.050 (2) | 7.267 ± 3.367 | 40 | 10 |",
-        "| lora:r=8 | 0.2 | 400 | 2 | 1.000 ± 0.000 | – | 2.000 ± 0.000 | 40 | 10 |",
+        "| method | lr | trained | seeds | test loss | ahead of LoRA | of LoRA in other steps "
+        "| loss on other text | CPU s | of it before training |",
+        "| --- |" + " ---: |" * 9,
+        "| lora:r=2 | 0.2 | 100 | 3 | 2.100 ± 0.058 | – | – | 4.200 ± 0.115 | 40 | 10 |",
+        "| random | 0.3 | 101 | 3 | 3.633 ± 1.684 | 0.150 ± 0.050 (2) | – | 7.267 ± 3.367 | 40 | 10 |",
+        "| lora:r=8 | 0.2 | 400 | 2 | 1.000 ± 0.000 | – | – | 2.000 ± 0.000 | 40 | 10 |",
     ]
     assert report(LINES[:2]) == "There are no results of fresh seeds."
 
@@ -106,4 +106,4 @@ def test_another_number_of_steps_is_a_row_of_its_own_and_nobody_s_rival() -> Non
     told = report([*LINES, *longer])
     assert told.count("model tiny") == 1
     assert "| lora:r=2, steps 12 | 0.2 | 100 | 2 | 1.200 ± 0.000 | – |" in told
-    assert "| 0.150 ± 0.050 (2) |" in told
+    assert "| 0.150 ± 0.050 (2) | 12: -0.750 ± 0.050 (2) |" in told
