@@ -11,6 +11,8 @@ from benchmarks.rig.tasks import ORDER
 # The seed of the grid of learning rates; results are of other seeds.
 GRID_SEED = 0
 LRS = [3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 3e-2]
+# rank of pairs beside random entries → their options; α is 8 where nothing is said
+PAIRS = {1: "r=1,scale=8", 2: "r=2,alpha=4,scale=3", 4: "r=4,scale=3"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def methods(bed: Bed, rank: int) -> list[str]:
     """LoRA of a rank and the others with as many trained entries, as `benchmarks.rig.methods` writes them.
 
     Beside pairs of half the rank random values take three times the run's rate: the ratio of the best rates of each
-    alone. Of LoRA's α, 8 was best at small ranks and 2 r at r = 8.
+    alone; r = 1 was run at eight times. Of LoRA's α, 8 was best at small ranks and 2 r at r = 8.
     """
     density, batches = f"density={bed.density * rank:.6g}", f"max_batches={bed.batches}"
     alone = [
@@ -68,4 +70,4 @@ def methods(bed: Bed, rank: int) -> list[str]:
     ]
     if rank == 1:
         return alone
-    return [*alone, f"hybrid:density={bed.density * rank / 2:.6g},r={rank // 2},scale=3"]
+    return [*alone, f"hybrid:density={bed.density * rank / 2:.6g},{PAIRS[rank // 2]}"]
