@@ -152,9 +152,9 @@ def sam(model: nn.Module, trained: int) -> Any:
     return adapted
 
 
-def sam_random(model: nn.Module, trained: int) -> Any:
-    """The sparse adapter on a support without clusters."""
-    return get_peft_model(model, SamConfig(density=DENSITY, score="random"))
+def sam_random(model: nn.Module, trained: int, r: int | None = None) -> Any:
+    """The sparse adapter on a support without clusters, and low-rank pairs of rank r."""
+    return get_peft_model(model, SamConfig(density=DENSITY, score="random", r=r))
 
 
 def lora(model: nn.Module, trained: int, rank: int = 8) -> Any:
@@ -185,6 +185,7 @@ METHODS: dict[str, Callable[[nn.Module, int], Any]] = {
     "floor": floor,
     "SAM": sam,
     "SAM, random support": sam_random,
+    "the same beside pairs, r=4": partial(sam_random, r=4),
     "LoRA r=8": lora,
     "LoRA r=16": partial(lora, rank=16),
     "SHiRA": shira,

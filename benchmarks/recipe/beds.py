@@ -48,7 +48,7 @@ def _encoder(task: str, steps: int) -> Bed:
 BEDS = {
     "docs": _language(100),  # of the documentation's 1,260 blocks 400, each once
     "docs-three-epochs": _language(120, drop=0.873),  # 160 blocks, each three times
-    **{task: _language(100, task, 8) for task in PROMPTS},
+    **{task: _language(1200, task, 8) for task in PROMPTS},
     "cola": _encoder("cola", 800),
     "stsb": _encoder("stsb", 300),
     "order": _encoder(ORDER, 270),
