@@ -11,10 +11,10 @@ import matplotlib.pyplot as plt
 from benchmarks.recipe.report import beds, estimate, is_loss, quality, work
 from benchmarks.rig.lines import Line
 
-# Figure → what its x axis says, and x of a method's lines.
-FIGURES: dict[str, tuple[str, Callable[[list[Line]], float]]] = {
-    "size": ("trained entries", lambda lines: lines[0]["trained"]),
-    "work": ("CPU seconds of choosing and training", work),
+# Figure → what its x axis says, its scale, and x of a method's lines.
+FIGURES: dict[str, tuple[str, str, Callable[[list[Line]], float]]] = {
+    "size": ("trained entries", "log", lambda lines: lines[0]["trained"]),
+    "work": ("CPU seconds of choosing and training", "linear", work),
 }
 
 
@@ -24,7 +24,8 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
     if not found:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (says, x) in FIGURES.items():
+    kinds = sorted({_family(method) for _, runs in found for method in runs})
+    for name, (says, scale, x) in FIGURES.items():
         with plt.rc_context({"svg.hashsalt": "recipe"}):  # the same lines make the same file
             size = (5.5 * len(found), 4.5)
             figure, axes = plt.subplots(1, len(found), figsize=size, constrained_layout=True, squeeze=False)
@@ -33,12 +34,13 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
                 for method, of in runs.items():
                     own = list(of.values())
                     height = estimate([quality(line) for line in own])
-                    families[method.partition(":")[0]].append((x(own), height.mean, height.error))
+                    families[_family(method)].append((x(own), height.mean, height.error))
                 for family, points in families.items():
                     at, heights, errors = zip(*sorted(points), strict=True)
-                    axis.errorbar(at, heights, errors, fmt="o", capsize=2, label=family)
+                    colour = f"C{kinds.index(family)}"  # the same in all panels
+                    axis.errorbar(at, heights, errors, fmt="o", capsize=2, label=family, color=colour)
                 told = dict(common)
-                axis.set_xscale("log")
+                axis.set_xscale(scale)
                 axis.set_xlabel(says)
                 axis.set_ylabel("test loss" if is_loss(own[0]) else "test metric, per cent")
                 axis.set_title(f"{told['model']}, {told['task']}, {told['steps']} steps", fontsize=10)
@@ -47,3 +49,7 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
             figure.savefig(paths[-1], metadata={"Date": None})
             plt.close(figure)
     return paths
+
+
+def _family(method: str) -> str:
+    return method.partition(":")[0]
