@@ -76,9 +76,11 @@ def _by_method(lines: Iterable[Line], steps: int | None) -> dict[str, list[Line]
 def rival(method: str, runs: dict[str, dict[int, Line]]) -> str | None:
     """Of the LoRAs whose size is nearest to a method's the best; none if it is one itself, or there is none.
 
-    None either of another number of steps, nor for one.
+    None either of another number of steps, nor for one; and with a warm head for what has one, too.
     """
-    loras = [name for name in runs if name.startswith("lora") and OTHER_STEPS not in name]
+    loras = [
+        name for name in runs if name.startswith("lora") and OTHER_STEPS not in name and _warm(name) == _warm(method)
+    ]
     if method.startswith("lora") or OTHER_STEPS in method or not loras:
         return None
     size = _any(runs[method])["trained"]
@@ -89,6 +91,11 @@ def rival(method: str, runs: dict[str, dict[int, Line]]) -> str | None:
         return abs(_any(runs[name])["trained"] - size), worse * mean
 
     return min(loras, key=rank)
+
+
+def _warm(method: str) -> set[str]:
+    """Whether, and for how many steps, the head is trained alone first."""
+    return {part for part in method.partition(":")[2].split(",") if part.startswith("head_warmup")}
 
 
 def ahead(mine: dict[int, Line], other: dict[int, Line]) -> Estimate | None:

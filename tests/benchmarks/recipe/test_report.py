@@ -99,6 +99,12 @@ def test_of_loras_of_one_size_the_best_is_the_one_to_compare_with() -> None:
     assert rival("random", fresh([*other, *LINES])) == "lora:alpha=9,r=2"
 
 
+def test_a_warm_head_is_compared_with_a_warm_head() -> None:
+    warm = [line(f"{name}:head_warmup=3", seed, 0.2, 1.0) for name in ("random", "lora") for seed in (1, 2)]
+    runs = fresh([*LINES, *warm])
+    assert [rival(name, runs) for name in ("random", "random:head_warmup=3")] == ["lora:r=2", "lora:head_warmup=3"]
+
+
 def test_another_number_of_steps_is_a_row_of_its_own_and_nobody_s_rival() -> None:
     longer = [line("lora:r=2", seed, 0.2, 1.2) for seed in (1, 2)]
     for one in longer:
