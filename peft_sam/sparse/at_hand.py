@@ -24,7 +24,8 @@ class AtHand(nn.Module):
         remembered, self._remembered = self._remembered, {}
         hook: Any = getattr(self, "_hf_hook", None)
         if remembered and hook is not None:
+            hook.offload = False  # or removing it would leave what it maps from its file in their place
+            remove_hook_from_module(self)
             for name, parameter in remembered.items():
                 setattr(self, name, parameter)
-            remove_hook_from_module(self)
             self.to(hook.execution_device)
