@@ -145,7 +145,7 @@ def draw_discontinuity(lines: list[Line]) -> Any | None:
             steps = np.arange(1, len(line["curve"]) + 1)
             axis.plot(steps, line["curve"], color=f"C{number}", alpha=0.2, linewidth=0.5)
             axis.plot(steps, running_mean(line["curve"]), color=f"C{number}", label=method)
-            every = int(options_of(line)[1].get("project_every", 0))
+            every = int(options_of(line["config"]["method"])[1].get("project_every", 0))
             for step in range(every, len(steps), every) if every else ():
                 axis.axvline(step, color=f"C{number}", linestyle=":", linewidth=0.8)
         axis.set_title(f"{task}: training loss, mean of {WINDOW} steps", fontsize=9)

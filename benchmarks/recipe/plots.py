@@ -24,17 +24,17 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
     if not found:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    kinds = sorted({_family(method) for _, runs in found for method in runs})
+    kinds = sorted({entrant.kind for _, runs in found for entrant in runs})
     for name, (says, scale, x) in FIGURES.items():
         with plt.rc_context({"svg.hashsalt": "recipe"}):  # the same lines make the same file
             size = (5.5 * len(found), 4.5)
             figure, axes = plt.subplots(1, len(found), figsize=size, constrained_layout=True, squeeze=False)
             for axis, (common, runs) in zip(axes[0], found, strict=True):
                 families = defaultdict(list)
-                for method, of in runs.items():
+                for entrant, of in runs.items():
                     own = list(of.values())
                     height = estimate([quality(line) for line in own])
-                    families[_family(method)].append((x(own), height.mean, height.error))
+                    families[entrant.kind].append((x(own), height.mean, height.error))
                 for family, points in families.items():
                     at, heights, errors = zip(*sorted(points), strict=True)
                     colour = f"C{kinds.index(family)}"  # the same in all panels
@@ -49,7 +49,3 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
             figure.savefig(paths[-1], metadata={"Date": None})
             plt.close(figure)
     return paths
-
-
-def _family(method: str) -> str:
-    return method.partition(":")[0]

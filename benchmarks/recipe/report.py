@@ -7,15 +7,46 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.recipe.beds import GRID_SEED
 from benchmarks.rig.language import DOCS
-from benchmarks.rig.lines import Common, Line, alike, chosen, headline, markdown, spread, told
+from benchmarks.rig.lines import Common, Line, alike, chosen, headline, markdown, options_of, spread, told
 
+T = TypeVar("T")
 # What the methods of one table may differ in. One with other numbers of steps is compared at equal work.
 COMPARED = ("method", "seed", "lr", "steps", "eval_every")
-# what parts a method's name from the number of its steps, where that is another than the bed's
-OTHER_STEPS = ", steps "
+
+
+class Entrant(NamedTuple):
+    """What one row of a table is of.
+
+    Attributes:
+        method: as `methods.Spec.text` writes it.
+        other_steps: how many it took, where those are not the bed's; then it is compared at equal work.
+    """
+
+    method: str
+    other_steps: int | None = None
+
+    @property
+    def text(self) -> str:
+        """As it stands in a table."""
+        return self.method if self.other_steps is None else f"{self.method}, steps {self.other_steps}"
+
+    @property
+    def kind(self) -> str:
+        """The method's name, without its options."""
+        return options_of(self.method)[0]
+
+    @property
+    def warmup(self) -> str | None:
+        """For how many steps the head is trained alone first, as written."""
+        return options_of(self.method)[1].get("head_warmup")
+
+
+# entrant → seed → its line
+Runs = dict[Entrant, dict[int, Line]]
 
 
 @dataclass(frozen=True)
@@ -49,53 +80,42 @@ def is_loss(line: Line) -> bool:
     return line["config"]["task"] == DOCS
 
 
-def fresh(lines: Iterable[Line], steps: int | None = None) -> dict[str, dict[int, Line]]:
-    """Method → seed → its line at the learning rate that was chosen, without the seed that chose it.
+def fresh(lines: Iterable[Line], steps: int | None = None) -> Runs:
+    """Lines at the learning rate that was chosen, without the seed that chose it.
 
     Args:
-        steps: those of the bed; a method with others says how many it took.
+        steps: those of the bed; None where all lines have the same.
     """
-    found: dict[str, dict[int, Line]] = {}
-    for method, of in _by_method(lines, steps).items():
+    every: dict[Entrant, list[Line]] = {}
+    for line in lines:
+        config = line["config"]
+        other = None if steps in (None, config["steps"]) else config["steps"]
+        every.setdefault(Entrant(config["method"], other), []).append(line)
+    found: Runs = {}
+    for entrant, of in every.items():
         (best,) = chosen(of).values()
         seeds = {line["config"]["seed"]: line for line in best if line["config"]["seed"] != GRID_SEED}
         if seeds:
-            found[method] = seeds
+            found[entrant] = seeds
     return found
 
 
-def _by_method(lines: Iterable[Line], steps: int | None) -> dict[str, list[Line]]:
-    found: dict[str, list[Line]] = {}
-    for line in lines:
-        config = line["config"]
-        other = f"{OTHER_STEPS}{config['steps']}" if steps not in (None, config["steps"]) else ""
-        found.setdefault(config["method"] + other, []).append(line)
-    return found
-
-
-def rival(method: str, runs: dict[str, dict[int, Line]]) -> str | None:
-    """Of the LoRAs whose size is nearest to a method's the best; none if it is one itself, or there is none.
+def rival(entrant: Entrant, runs: Runs) -> Entrant | None:
+    """Of the LoRAs whose size is nearest to an entrant's the best; none if it is one itself, or there is none.
 
     None either of another number of steps, nor for one; and with a warm head for what has one, too.
     """
-    loras = [
-        name for name in runs if name.startswith("lora") and OTHER_STEPS not in name and _warm(name) == _warm(method)
-    ]
-    if method.startswith("lora") or OTHER_STEPS in method or not loras:
+    loras = [one for one in runs if one.kind == "lora" and not one.other_steps and one.warmup == entrant.warmup]
+    if entrant.kind == "lora" or entrant.other_steps or not loras:
         return None
-    size = _any(runs[method])["trained"]
-    worse = 1 if is_loss(_any(runs[method])) else -1
+    size = _any(runs[entrant])["trained"]
+    worse = 1 if is_loss(_any(runs[entrant])) else -1
 
-    def rank(name: str) -> tuple[int, float]:
-        mean = statistics.fmean(quality(line) for line in runs[name].values())
-        return abs(_any(runs[name])["trained"] - size), worse * mean
+    def rank(one: Entrant) -> tuple[int, float]:
+        mean = statistics.fmean(quality(line) for line in runs[one].values())
+        return abs(_any(runs[one])["trained"] - size), worse * mean
 
     return min(loras, key=rank)
-
-
-def _warm(method: str) -> set[str]:
-    """Whether, and for how many steps, the head is trained alone first."""
-    return {part for part in method.partition(":")[2].split(",") if part.startswith("head_warmup")}
 
 
 def ahead(mine: dict[int, Line], other: dict[int, Line]) -> Estimate | None:
@@ -106,12 +126,12 @@ def ahead(mine: dict[int, Line], other: dict[int, Line]) -> Estimate | None:
     return estimate(differences) if differences else None
 
 
-def _any(lines: dict[int, Line]) -> Line:
-    return next(iter(lines.values()))
+def _any(found: dict[Any, T]) -> T:
+    return next(iter(found.values()))
 
 
-def beds(lines: Iterable[Line]) -> dict[Common, dict[str, dict[int, Line]]]:
-    """Configuration → method → seed → line, of all that have a result on a fresh seed."""
+def beds(lines: Iterable[Line]) -> dict[Common, Runs]:
+    """Configuration → its runs, of all that have a result on a fresh seed; most of a bed's lines have its steps."""
     found = {}
     for common, of in alike(lines, COMPARED).items():
         ((steps, _),) = Counter(line["config"]["steps"] for line in of).most_common(1)
@@ -126,37 +146,30 @@ def report(lines: Iterable[Line]) -> str:
     return "\n\n".join(sections) if sections else "There are no results of fresh seeds."
 
 
-def _table(runs: dict[str, dict[int, Line]]) -> str:
-    loss = is_loss(_any(_any_of(runs)))
+def _table(runs: Runs) -> str:
+    loss = is_loss(_any(_any(runs)))
     digits, sign = (3, 1) if loss else (1, -1)
-    order = sorted(
-        runs,
-        key=lambda name: (
-            _any(runs[rival(name, runs) or name])["trained"],
-            sign * estimate([quality(line) for line in runs[name].values()]).mean,
-        ),
-    )
+
+    def place(entrant: Entrant) -> tuple[int, float]:
+        mean = statistics.fmean(quality(line) for line in runs[entrant].values())
+        return _any(runs[rival(entrant, runs) or entrant])["trained"], sign * mean
+
     head = ["method", "lr", "trained", "seeds", "test loss" if loss else "test"]
     head += ["ahead of LoRA", "of LoRA in other steps"]
     head += ["loss on other text"] * loss + ["CPU s", "of it before training"]
-    return markdown(head, [_row(name, runs, digits, loss) for name in order])
+    return markdown(head, [_row(entrant, runs, digits, loss) for entrant in sorted(runs, key=place)])
 
 
-def _any_of(runs: dict[str, dict[int, Line]]) -> dict[int, Line]:
-    return next(iter(runs.values()))
-
-
-def _row(name: str, runs: dict[str, dict[int, Line]], digits: int, loss: bool) -> list[str]:
-    mine, other = runs[name], rival(name, runs)
+def _row(entrant: Entrant, runs: Runs, digits: int, loss: bool) -> list[str]:
+    mine, other = runs[entrant], rival(entrant, runs)
     one, lines = _any(mine), list(mine.values())
     difference = ahead(mine, runs[other]) if other else None
-    cells = [name, f"{one['config']['lr']:g}", f"{one['trained']:,}", str(len(lines))]
+    cells = [entrant.text, f"{one['config']['lr']:g}", f"{one['trained']:,}", str(len(lines))]
     cells.append(estimate([quality(line) for line in lines]).text(digits))
     cells.append("–" if difference is None else f"{difference.text(digits)} ({difference.seeds})")
-    others = [of for of in runs if other and of.startswith(f"{other}{OTHER_STEPS}")]
-    found = {of.rpartition(" ")[2]: ahead(mine, runs[of]) for of in others}
-    texts = [f"{steps}: {of.text(digits)} ({of.seeds})" for steps, of in sorted(found.items()) if of]
-    cells.append("; ".join(texts) or "–")
+    longer = {of.other_steps: runs[of] for of in runs if other and of.method == other.method and of.other_steps}
+    found = {steps: ahead(mine, longer[steps]) for steps in sorted(longer)}
+    cells.append("; ".join(f"{steps}: {of.text(digits)} ({of.seeds})" for steps, of in found.items() if of) or "–")
     if loss:
         cells.append(estimate([-line["test"]["other"] for line in lines]).text(digits))
     return [*cells, f"{work(lines):.0f}", f"{statistics.fmean(line['cpu']['selection'] for line in lines):.0f}"]

@@ -19,22 +19,22 @@ Common = tuple[tuple[str, Any], ...]
 VARIED = ("method", "task", "seed", "lr", "steps", "eval_every")
 
 
-def options_of(line: Line) -> tuple[str, dict[str, str]]:
-    """Name and options of a line's method, as written."""
-    name, _, rest = line["config"]["method"].partition(":")
+def options_of(method: str) -> tuple[str, dict[str, str]]:
+    """Name and options of a method, as written, even of one that is gone."""
+    name, _, rest = method.partition(":")
     return name, dict(part.split("=", 1) for part in filter(None, rest.split(",")))
 
 
 def method_of(line: Line) -> str:
     """A line's method, its density left out."""
-    name, options = options_of(line)
+    name, options = options_of(line["config"]["method"])
     rest = ",".join(f"{key}={value}" for key, value in options.items() if key != "density")
     return name + ":" * bool(rest) + rest
 
 
 def density_of(line: Line) -> float:
     """A line's density: of its method, else of the run."""
-    return float(options_of(line)[1].get("density", line["config"]["density"]))
+    return float(options_of(line["config"]["method"])[1].get("density", line["config"]["density"]))
 
 
 def alike(

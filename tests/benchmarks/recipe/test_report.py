@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.recipe.plots import draw
-from benchmarks.recipe.report import ahead, estimate, fresh, report, rival
+from benchmarks.recipe.report import Entrant, ahead, estimate, fresh, report, rival
 
 
 def line(method: str, seed: int, lr: float, test: float, val: float = -3.0, trained: int = 100) -> dict[str, Any]:
@@ -39,6 +39,7 @@ LINES = [
     *(line("random", seed, 0.3, test, trained=101) for seed, test in ((1, 1.9), (2, 2.0), (4, 7.0))),
     *(line("lora:r=8", seed, 0.2, 1.0, trained=400) for seed in (1, 2)),
 ]
+LORA, RANDOM = Entrant("lora:r=2"), Entrant("random")
 
 
 def test_a_mean_has_the_standard_error_of_its_seeds() -> None:
@@ -51,27 +52,27 @@ def test_a_mean_has_the_standard_error_of_its_seeds() -> None:
 
 def test_results_are_of_the_chosen_rate_and_of_other_seeds_than_chose_it() -> None:
     runs = fresh(LINES)
-    assert {name: sorted(of) for name, of in runs.items()} == {
+    assert {entrant.text: sorted(of) for entrant, of in runs.items()} == {
         "lora:r=2": [1, 2, 3],
         "random": [1, 2, 4],
         "lora:r=8": [1, 2],
     }
-    assert {one["config"]["lr"] for one in runs["lora:r=2"].values()} == {0.2}
+    assert {one["config"]["lr"] for one in runs[LORA].values()} == {0.2}
 
 
 def test_a_rate_that_broke_is_not_the_best_one() -> None:
     broken = {**line("random", 1, 0.9, 1.0), "val": {}, "loss": {"val": math.inf}}
-    assert [one["config"]["lr"] for one in fresh([broken, line("random", 1, 0.3, 2.0)])["random"].values()] == [0.3]
+    assert [one["config"]["lr"] for one in fresh([broken, line("random", 1, 0.3, 2.0)])[RANDOM].values()] == [0.3]
 
 
 def test_a_method_is_compared_seed_by_seed_with_the_lora_of_its_size() -> None:
     runs = fresh(LINES)
-    assert [rival(name, runs) for name in runs] == [None, "lora:r=2", None]
-    found = ahead(runs["random"], runs["lora:r=2"])
+    assert [rival(entrant, runs) for entrant in runs] == [None, LORA, None]
+    found = ahead(runs[RANDOM], runs[LORA])
     assert found is not None
     assert (found.mean, found.seeds) == (pytest.approx(0.15), 2)  # a smaller loss is ahead
     assert found.error == pytest.approx(0.05)
-    assert ahead(runs["random"], {9: LINES[0]}) is None
+    assert ahead(runs[RANDOM], {9: LINES[0]}) is None
 
 
 def test_the_table_has_results_differences_forgetting_and_work() -> None:
@@ -95,21 +96,22 @@ def test_there_is_no_figure_without_results(tmp_path: Path) -> None:
 
 def test_of_loras_of_one_size_the_best_is_the_one_to_compare_with() -> None:
     other = [line("lora:alpha=9,r=2", seed, 0.2, 1.5) for seed in (1, 2)]
-    assert rival("random", fresh([*LINES, *other])) == "lora:alpha=9,r=2"
-    assert rival("random", fresh([*other, *LINES])) == "lora:alpha=9,r=2"
+    for lines in ([*LINES, *other], [*other, *LINES]):
+        assert rival(RANDOM, fresh(lines)) == Entrant("lora:alpha=9,r=2")
 
 
 def test_a_warm_head_is_compared_with_a_warm_head() -> None:
     warm = [line(f"{name}:head_warmup=3", seed, 0.2, 1.0) for name in ("random", "lora") for seed in (1, 2)]
     runs = fresh([*LINES, *warm])
-    assert [rival(name, runs) for name in ("random", "random:head_warmup=3")] == ["lora:r=2", "lora:head_warmup=3"]
+    found = [rival(entrant, runs) for entrant in (RANDOM, Entrant("random:head_warmup=3"))]
+    assert found == [LORA, Entrant("lora:head_warmup=3")]
 
 
 def test_another_number_of_steps_is_a_row_of_its_own_and_nobody_s_rival() -> None:
-    longer = [line("lora:r=2", seed, 0.2, 1.2) for seed in (1, 2)]
-    for one in longer:
-        one["config"] |= {"steps": 12, "eval_every": 12}
+    longer = [line("lora:r=2", seed, 0.2, 1.2) for seed in (1, 2)] + [line("lora:r=2", 1, 0.2, 1.0)]
+    for one, steps in zip(longer, (12, 12, 105), strict=True):
+        one["config"] |= {"steps": steps, "eval_every": steps}
     told = report([*LINES, *longer])
     assert told.count("model tiny") == 1
     assert "| lora:r=2, steps 12 | 0.2 | 100 | 2 | 1.200 ± 0.000 | – |" in told
-    assert "| 0.150 ± 0.050 (2) | 12: -0.750 ± 0.050 (2) |" in told
+    assert "| 0.150 ± 0.050 (2) | 12: -0.750 ± 0.050 (2); 105: -0.900 (1) |" in told
