@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peft_sam.sparse.at_hand import AtHand
 from peft_sam.sparse.delta import SparseDelta
-from peft_sam.sparse.ops import compose
+from peft_sam.sparse.ops import compose, product_dtype
 
 # Standard deviation of B where init_weights=False wants a change that is not zero.
 TEST_INIT_STD = 0.02
@@ -86,7 +86,7 @@ class LowRank(AtHand):
         Factors lie so that no product, here or in the backward pass, has a thin matrix on its right, which takes CPU
         libraries up to five times as long.
         """
-        x = F.dropout(x.to(self.lora_A.dtype), self.dropout, self.training)
+        x = F.dropout(x.to(product_dtype(x, self.lora_A.dtype)), self.dropout, self.training)
         inner = (self.lora_A @ x.reshape(-1, x.shape[-1]).t()).t()
         outer, scale = self.lora_B.t().contiguous(), scale * self.scaling
         if y.dtype == inner.dtype and y.device == inner.device:

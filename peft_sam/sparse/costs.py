@@ -19,7 +19,7 @@ class Costs(NamedTuple):
     gather: a gathered, scattered or transposed row or column, per token.
     second_block: a second block's calls, per token: they are spread over some tokens.
     entry: an entry's product gathered and added on its own, per token.
-    sampled: a sampled entry of the gradient, per token; None where torch samples none, or not in half precision.
+    sampled: a sampled entry of the gradient, per token; None where torch samples none.
     few_tokens, large: so few tokens with so large a weight are multiplied entry by entry, and all others with a copy of
         W + Δ, where a copy brings W into the cache, where the product wants it; None where copies gain nothing.
     """

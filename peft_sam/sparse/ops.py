@@ -70,8 +70,7 @@ def sparse_linear(
     # flattened and viewed out here: what a Function returns may be changed in place only if it is no view
     tokens = x.flatten(0, -2)
     if torch.is_autocast_enabled(x.device.type):
-        if tokens.dtype != torch.float64:  # which autocast leaves alone
-            tokens = tokens.to(torch.get_autocast_dtype(x.device.type))
+        tokens = tokens.to(product_dtype(x, x.dtype))
         with torch.autocast(x.device.type, enabled=False):
             y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
     elif torch.is_grad_enabled():
@@ -79,6 +78,13 @@ def sparse_linear(
     else:
         y = _linear(tokens, weight, bias, plans, [None] * len(plans), places, values)
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """What a product with x is computed in: autocast's dtype, or `dtype` without, and of float64, which it leaves."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -175,31 +181,38 @@ def _composed(
     weight: Tensor | None, plans: Sequence[Plan], places: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[Chunk, Tensor]]:
     """W + Σ Δ of `dtype`, one chunk of the workspace's size at a time; sums are rounded as in `compose`."""
-    whole, width = len(plans[0].chunks) == 1, plans[0].shape[1]
+    whole, width, like = len(plans[0].chunks) == 1, plans[0].shape[1], values[0] if weight is None else weight
+    # of another dtype than W's is under autocast: then one Δ needs no copy of W in its own
+    in_dtype = weight is not None and len(plans) == 1
     for number, chunk in enumerate(plans[0].chunks):
-        flat = scratch((chunk.stop - chunk.start) * width, values[0] if weight is None else weight)
+        own = weight if whole or weight is None else weight[chunk.start : chunk.stop]
+        flat = scratch((chunk.stop - chunk.start) * width, dtype if in_dtype else like.dtype, like.device)
         part = flat.view(-1, width)
-        if weight is None:
+        if own is None:
             part.zero_()
         else:
-            part.copy_(weight if whole else weight[chunk.start : chunk.stop])
+            part.copy_(own)
         for plan, place, value in zip(plans, places, values, strict=False):
             if not whole:
                 entries = slice(plan.chunks[number].low, plan.chunks[number].high)
                 place, value = place[entries] - chunk.start * width, value[entries]
-            _add(flat, place, value)
+            _add(flat, place, value, flat if own is None or flat.dtype == own.dtype else own.flatten())
         yield chunk, part.to(dtype)
 
 
-def _add(entries: Tensor, place: Tensor, values: Tensor) -> None:
+def _add(entries: Tensor, place: Tensor, values: Tensor, own: Tensor | None = None) -> None:
     """Add Δ to a copy of a flat parameter, with the bits of `changed`.
 
     A GPU adds by atomic operations, which take subnormal numbers for zeros: not there.
+
+    Args:
+        own: the parameter itself, where the copy is in another dtype: sums are rounded to the parameter's first.
     """
-    if values.dtype == entries.dtype and entries.device.type == "cpu":
+    own = entries if own is None else own
+    if values.dtype == entries.dtype == own.dtype and entries.device.type == "cpu":
         entries.index_add_(0, place, values)
     else:
-        entries.index_copy_(0, place, changed(entries.index_select(0, place), values))
+        entries.index_copy_(0, place, changed(own.index_select(0, place), values).to(entries.dtype))
 
 
 def _split(tokens: Tensor, parts: Iterator[tuple[Chunk, Tensor]], rows: int, bias: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from peft_sam.sparse.delta import SparseDelta
 from peft_sam.sparse.plan import Block, Chunk, Plan, plan_linear
+from peft_sam.sparse.scratch import scratch
 
 # What torch's sparse products take on the CPU.
 SPARSE_DTYPES = (torch.float32, torch.float64)
@@ -22,8 +23,8 @@ def value_gradient(plan: Plan, kept: Tensor, grad: Tensor, dtype: torch.dtype) -
         grad: of the outputs, (tokens × outputs).
     """
     form = plan.form
-    if form == "sampled" and (torch.compiler.is_compiling() or kept.dtype not in SPARSE_DTYPES):
-        form = "chunked"  # no other dtype is sampled, and dense products are what a compiler knows
+    if form == "sampled" and torch.compiler.is_compiling():
+        form = "chunked"  # dense products are what a compiler knows
     return GRADIENTS[form](plan, kept, grad).to(dtype)
 
 
@@ -113,13 +114,19 @@ def _by_submatrix(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:
 
 
 def _by_sampling(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:
-    """Only the entries themselves."""
+    """Only the entries themselves; in single precision where torch samples none in the tensors' own."""
     left, right = (kept, grad) if plan.transposed else (grad, kept)
+    dtype = kept.dtype if kept.dtype in SPARSE_DTYPES else torch.float32
+    (tokens, rows), columns = left.shape, right.shape[1]
+    # both as the product reads them, which would copy them otherwise, into memory that is new each time
+    both = scratch(tokens * (rows + columns), dtype, kept.device).view(rows + columns, tokens)
+    both[:rows].copy_(left.t())
+    both[rows:].copy_(right.t())
     second = plan.row if plan.transposed else plan.column
     assert plan.starts is not None
-    zeros = kept.new_zeros(len(second))
+    zeros = both.new_zeros(len(second))
     pattern = torch.sparse_csr_tensor(plan.starts, second, zeros, plan.shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, left.t(), right, beta=0.0).values()
+    return torch.sparse.sampled_addmm(pattern, both[:rows], both[rows:].t(), beta=0.0).values()
 
 
 def _by_chunks(plan: Plan, kept: Tensor, grad: Tensor) -> Tensor:

@@ -7,19 +7,22 @@ import threading
 import torch
 from torch import Tensor
 
+# So many numbers are kept for the next product at most; more, of many tokens, are worth new memory each time.
+KEPT = 2**24
+
 _kept = threading.local()
 
 
-def scratch(numbers: int, like: Tensor) -> Tensor:
-    """A flat tensor of so many numbers of the dtype and device of `like`; its content is anything.
+def scratch(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A flat tensor of so many numbers; its content is anything.
 
     On the CPU each thread uses the same memory again and again: it is in the cache when it is needed, while fresh
     memory would have to be mapped first. Other devices have caching allocators that know about streams.
     """
-    if like.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(numbers, dtype=like.dtype, device=like.device)
-    size = numbers * like.element_size()
+    if device.type != "cpu" or numbers > KEPT or torch.compiler.is_compiling():
+        return torch.empty(numbers, dtype=dtype, device=device)
+    size = numbers * dtype.itemsize
     buffer: Tensor | None = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < size:
         buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return buffer[:size].view(like.dtype)
+    return buffer[:size].view(dtype)

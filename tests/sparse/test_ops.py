@@ -185,6 +185,27 @@ def test_every_form_agrees_with_the_dense_product(
         test_a_product_without_a_weight_is_that_of_the_deltas.hypothesis.inner_test((x, weight, deltas, transposed))
 
 
+@pytest.mark.parametrize("workspace", [7, plan.WORKSPACE])
+@given(problem=linear_problems())
+def test_autocast_multiplies_with_the_sum_as_it_is_merged_rounded_once_more(
+    workspace: int, problem: tuple[Tensor, Tensor, list[SparseDelta], bool]
+) -> None:
+    x, weight, of, transposed = problem
+    x, weight = x.float(), weight.float()
+    deltas = [SparseDelta(delta.shape, delta.indices, delta.values.detach().float()) for delta in of]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "WORKSPACE", workspace)
+        composed = ops._composed(
+            weight,
+            [make_plan(delta, transposed) for delta in deltas],
+            [delta.indices for delta in deltas],
+            [delta.values for delta in deltas],
+            torch.bfloat16,
+        )
+        found = torch.cat([part.clone() for _, part in composed])
+    assert torch.equal(found, compose(weight, deltas).to(torch.bfloat16))
+
+
 @given(linear_problems())
 def test_a_product_without_a_weight_is_that_of_the_deltas(
     problem: tuple[Tensor, Tensor, list[SparseDelta], bool],
@@ -198,6 +219,18 @@ def test_a_product_without_a_weight_is_that_of_the_deltas(
     torch.testing.assert_close(
         torch.autograd.grad(y, (x, *values), direction), torch.autograd.grad(expected, (x, *values), direction)
     )
+
+
+@pytest.mark.on_device(False)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_sampled_of_half_precision_is_summed_in_single(dtype: torch.dtype, transposed: bool) -> None:
+    delta = make_delta((6, 5), [0, 7, 8, 29], torch.float32)
+    rows, columns = torch.randn(300, 6).to(dtype), torch.randn(300, 5).to(dtype)
+    x, grad = (rows, columns) if transposed else (columns, rows)
+    found = products.value_gradient(in_form(delta, transposed, "sampled"), x, grad, torch.float32)
+    expected = (rows.double().t() @ columns.double()).flatten()[delta.indices]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.on_device(False)
