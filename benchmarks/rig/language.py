@@ -62,14 +62,21 @@ def blocks(text: str, tokenizer: PreTrainedTokenizerBase, length: int, kind: int
 
 
 class Prompt(NamedTuple):
-    """A task whose classes are the likelier of some words after a text."""
+    """A task whose classes are the likelier of some words after one text or two.
+
+    Attributes:
+        cut: of a task of scores, the least that the second answer is right for.
+    """
 
     task: str
     text: str
     answers: tuple[str, ...]
+    cut: float | None = None
 
 
-PROMPTS = {"cola-as-text": Prompt("cola", "{}\nIs this sentence good English? Answer:", (" No", " Yes"))}
+PROMPTS = {
+    "stsb-as-text": Prompt("stsb", "{}\n{}\nDo these two say the same? Answer:", (" No", " Yes"), cut=3.0),
+}
 
 
 def ask(name: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Data:
@@ -83,12 +90,18 @@ def ask(name: str, source: str, tokenizer: PreTrainedTokenizerBase, max_length: 
     if any(len(answer) != 1 for answer in answers):
         raise ValueError(f"Expected one token for each of {prompt.answers}, got {answers}: choose other words.")
 
-    def encode(texts: Iterable[str], **_: Any) -> Any:
-        found = tokenizer([prompt.text.format(text) for text in texts])
+    def encode(*texts: Iterable[str], **_: Any) -> Any:
+        found = tokenizer([prompt.text.format(*row) for row in zip(*texts, strict=True)])
         longest = max(map(len, found["input_ids"]))
         if longest > max_length:
             raise ValueError(f"a prompt has {longest} tokens: use a larger --max-length than {max_length}.")
         return found
 
     classes = tasks.load(prompt.task, source, encode, max_length)
-    return replace(classes, num_labels=0, answers=tuple(answer[0] for answer in answers))
+    if prompt.cut is not None:
+        train, val, test = (
+            [{**row, "labels": int(row["labels"] >= prompt.cut)} for row in of]
+            for of in (classes.train, classes.val, classes.test)
+        )
+        classes = replace(classes, regression=False, metric=known.accuracy, train=train, val=val, test=test)
+    return replace(classes, num_labels=0, answers=tuple(answer[0] for answer in answers), measured=64)

@@ -23,7 +23,7 @@ from benchmarks.rig.models import HEAD, build, candidate_modules, data_of
 from benchmarks.rig.tasks import Row, without
 from peft_sam.choosing.dense import train_densely
 
-# Rows of a batch of an evaluation: of a classifier, and of a language model, whose outputs are as wide as a vocabulary.
+# Rows of a batch of an evaluation: of classes, and of running text, whose outputs are as wide as a vocabulary.
 EVALUATION_BATCH, LANGUAGE_BATCH = 64, 8
 HEAD_WARMUP_LR = 1e-3
 
@@ -95,7 +95,7 @@ def execute(run: Run, source: str, curve: bool = False) -> dict[str, Any]:
         return Batches(rows, run.batch, run.seed + offset, padding, device)
 
     def measure(model: nn.Module, rows: list[Row]) -> tuple[dict[str, float], float]:
-        size = EVALUATION_BATCH if task.num_labels else LANGUAGE_BATCH
+        size = EVALUATION_BATCH if task.num_labels or task.answers else LANGUAGE_BATCH
         return evaluate(model, in_order(rows, size, padding, device), task.metric)
 
     setup = Setup(

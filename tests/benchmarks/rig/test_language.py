@@ -65,6 +65,22 @@ def test_a_task_as_text_is_answered_by_the_likelier_token_after_the_prompt(
     assert set(task.metric(found.logits.numpy(), [row["labels"] for row in task.test])) == {"matthews", "accuracy"}
 
 
+def test_of_a_task_of_scores_the_second_answer_is_right_from_the_cut_on(
+    data: str, llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    monkeypatch.setattr(language, "PROMPTS", {"told": language.Prompt("stsb", "{} = {} ?", ("n", "y"), cut=3.0)})
+    task = data_of("told", data, llama, 200)
+    scores = data_of("stsb", data, llama, 200)
+    assert not task.regression
+    for split in ("train", "val", "test"):
+        rows, told = getattr(scores, split), getattr(task, split)
+        assert [row["labels"] for row in told] == [int(row["labels"] >= 3.0) for row in rows]
+        assert len({row["labels"] for row in told}) == 2
+    assert "=" in tokenizer.decode(task.train[0]["input_ids"])
+    assert task.metric([[0.0, 1.0], [1.0, 0.0]], [1, 1]) == {"accuracy": 0.5}
+
+
 @pytest.mark.parametrize(
     ("prompt", "length", "word"),
     [(("cola", "{}", ("no", "y")), 96, "one token for each"), (("cola", "{}", ("n", "y")), 4, "a larger --max-length")],
