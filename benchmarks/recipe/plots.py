@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from benchmarks.recipe.report import beds, estimate, is_loss, quality, work
+from benchmarks.recipe.report import beds, is_loss, result, work
 from benchmarks.rig.lines import Line
 
 # Figure → what its x axis says, its scale, and x of a method's lines.
@@ -33,7 +33,7 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
                 families = defaultdict(list)
                 for entrant, of in runs.items():
                     own = list(of.values())
-                    height = estimate([quality(line) for line in own])
+                    height = result(of)
                     families[entrant.kind].append((x(own), height.mean, height.error))
                 for family, points in families.items():
                     at, heights, errors = zip(*sorted(points), strict=True)

@@ -75,6 +75,11 @@ def quality(line: Line) -> float:
     return -line["test"]["documentation"] if is_loss(line) else headline(line["test"])
 
 
+def result(runs: dict[int, Line]) -> Estimate:
+    """The quality over seeds."""
+    return estimate([quality(line) for line in runs.values()])
+
+
 def is_loss(line: Line) -> bool:
     """Whether smaller is better."""
     return line["config"]["task"] == DOCS
@@ -112,8 +117,7 @@ def rival(entrant: Entrant, runs: Runs) -> Entrant | None:
     worse = 1 if is_loss(_any(runs[entrant])) else -1
 
     def rank(one: Entrant) -> tuple[int, float]:
-        mean = statistics.fmean(quality(line) for line in runs[one].values())
-        return abs(_any(runs[one])["trained"] - size), worse * mean
+        return abs(_any(runs[one])["trained"] - size), worse * result(runs[one]).mean
 
     return min(loras, key=rank)
 
@@ -151,8 +155,7 @@ def _table(runs: Runs) -> str:
     digits, sign = (3, 1) if loss else (1, -1)
 
     def place(entrant: Entrant) -> tuple[int, float]:
-        mean = statistics.fmean(quality(line) for line in runs[entrant].values())
-        return _any(runs[rival(entrant, runs) or entrant])["trained"], sign * mean
+        return _any(runs[rival(entrant, runs) or entrant])["trained"], sign * result(runs[entrant]).mean
 
     head = ["method", "lr", "trained", "seeds", "test loss" if loss else "test"]
     head += ["ahead of LoRA", "of LoRA in other steps"]
@@ -165,7 +168,7 @@ def _row(entrant: Entrant, runs: Runs, digits: int, loss: bool) -> list[str]:
     one, lines = _any(mine), list(mine.values())
     difference = ahead(mine, runs[other]) if other else None
     cells = [entrant.text, f"{one['config']['lr']:g}", f"{one['trained']:,}", str(len(lines))]
-    cells.append(estimate([quality(line) for line in lines]).text(digits))
+    cells.append(result(mine).text(digits))
     cells.append("–" if difference is None else f"{difference.text(digits)} ({difference.seeds})")
     longer = {of.other_steps: runs[of] for of in runs if other and of.method == other.method and of.other_steps}
     found = {steps: ahead(mine, longer[steps]) for steps in sorted(longer)}
