@@ -69,17 +69,11 @@ def _same_weight(part: Part, layer: Any, squares: tuple[float, float] | None) ->
     """Whether a layer of stock PEFT changes its weight by Δ, to the bit or but for the squares that are lost."""
     if not hasattr(layer, "get_delta_weight"):
         return False
-    indices, values = part.delta.checked_indices(), part.delta.values.detach()
-    if squares is not None:
-        left = layer.get_delta_weight("default").detach().double().flatten()
-        whole = float(left.square().sum())
-        left[indices] -= values.double()
-        if part.pair is not None:
-            left -= part.pair.dense().detach().double().flatten()
-        missing, norm = squares
-        return abs(float(left.square().sum()) - missing) <= CLOSE * max(norm, whole)
-    expected = part.base.detach().flatten()
-    expected = expected.index_copy(0, indices, changed(expected[indices], values))
+    return _to_the_bit(part, layer) if squares is None else _but_for(part, layer, *squares)
+
+
+def _to_the_bit(part: Part, layer: Any) -> bool:
+    base, indices = part.base.detach(), part.delta.checked_indices()
     if part.pair is not None:  # which is in the file itself
         mine, alpha = dict(part.pair.named_parameters()), layer.supertuning_lora_alpha["default"]
         there = {name: getattr(layer, f"supertuning_{name}")["default"].weight for name in mine}
@@ -87,9 +81,21 @@ def _same_weight(part: Part, layer: Any, squares: tuple[float, float] | None) ->
             return False
     if hasattr(layer, "supertuning_indices"):
         places, numbers = layer.supertuning_indices["default"].long(), layer.supertuning_values["default"].detach()
-        return _same(expected, part.base.detach().flatten().scatter_add(0, places, numbers.to(expected.dtype)))
-    new = part.base.detach() + layer.get_delta_weight("default").detach()
-    return _same(expected, new.flatten().to(expected.dtype))
+        found = base.flatten().scatter_add(0, places, numbers.to(base.dtype))
+    else:
+        found = (base + layer.get_delta_weight("default").detach()).to(base.dtype).flatten()
+    expected = base.flatten()
+    return _same(expected.index_copy(0, indices, changed(expected[indices], part.delta.values.detach())), found)
+
+
+def _but_for(part: Part, layer: Any, missing: float, norm: float) -> bool:
+    """Whether what is missing of Δ, or too much, has the squares that were lost when it was written."""
+    left = layer.get_delta_weight("default").detach().double().flatten()
+    whole = float(left.square().sum())
+    left[part.delta.checked_indices()] -= part.delta.values.detach().double()
+    if part.pair is not None:
+        left -= part.pair.dense().detach().double().flatten()
+    return abs(float(left.square().sum()) - missing) <= CLOSE * max(norm, whole)
 
 
 def _same_bias(part: Part, layer: Any, _: Any) -> bool:
