@@ -257,12 +257,12 @@ class SamConfig(PeftConfig):
     def rename(self, renamed: Callable[[str], str]) -> None:
         """Follow the base model's modules, which have got other names since, in what is recorded and in the targets."""
         counts, base = self.counts or {}, self.fingerprints
-        if self.selection is None or all(renamed(name) == name for name in counts):
+        if self.selection is None or all(renamed(name) == name for name in (*counts, *base)):
             return
-        new = {renamed(name): number for name, number in counts.items()}
-        self.selection = {**self.selection, "counts": new, "base": {renamed(name): text for name, text in base.items()}}
+        counts, base = {renamed(n): number for n, number in counts.items()}, {renamed(n): t for n, t in base.items()}
+        self.selection = {**self.selection, "counts": counts, "base": base}
         if isinstance(self.target_modules, str):
-            self.target_modules = {name.rpartition(".")[0] for name in new}  # type: ignore[assignment]
+            self.target_modules = {name.rpartition(".")[0] for name in (*counts, *base)}  # type: ignore[assignment]
         elif self.target_modules is not None:
             self.target_modules = {renamed(name) for name in self.target_modules}  # type: ignore[assignment]
         if isinstance(self.exclude_modules, set):

@@ -147,7 +147,7 @@ class ChunkedScores:
             stop = min(start + CHUNK, self.numel)
             inputs = {kind: tensor[start:stop] for kind, tensor in flat.items()}
             if "noise" in self.row.inputs:
-                inputs["noise"] = torch.rand(stop - start, generator=generator, device="cpu")
+                inputs["noise"] = torch.rand(stop - start, generator=generator, dtype=torch.float32, device="cpu")
             if "is_bias" in self.row.inputs:
                 inputs["is_bias"] = torch.full((stop - start,), float(self.is_bias), device="cpu")
             bits = bits_of(self.row.function(**inputs))

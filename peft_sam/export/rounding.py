@@ -82,7 +82,7 @@ def rounding_report(
     if quantised and dtype is not None:
         raise ValueError(f"dtype is for plain weights, and {quantised[0].name!r} is not plain in memory.")
     for part in quantised:
-        part.layer.check_merge(adapter_name, safe_merge=False)
+        part.layer.check_merge([adapter_name], safe_merge=False)
     sums = [_of_codes(part) if part in quantised else _of_dtype(part, dtype) for part in adapter.parts]
     entries, unmoved, missing, whole = (sum(column) for column in zip(*sums, strict=True))
     logits = None

@@ -1,7 +1,8 @@
 """Whether a base model is the one that an adapter was made for, told by some base values at the selected places.
 
 A fingerprint is text, one per parameter, in `adapter_config.json`: the dtype of the base, then in base64 the positions
-of up to 16 entries, evenly spread over the support, and the base's bits there.
+of up to 16 entries, evenly spread over the support, and the base's bits there. Of a weight that only a low-rank pair
+changes they are spread over all of it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def fingerprints(layers: Mapping[str, SamLayer], adapter_name: str) -> dict[str,
         for name, parameter in _readable(layer).items():
             delta = layer.deltas(adapter_name).get(name)
             if delta is not None and not delta.pending:
-                found[f"{module}.{name}"] = _fingerprint(parameter, delta.indices)
+                found[f"{module}.{name}"] = _fingerprint(parameter, _spread(delta.indices))
+            elif name == "weight" and layer.pair(adapter_name) is not None and parameter.numel():
+                found[f"{module}.{name}"] = _fingerprint(parameter, _spread(range(parameter.numel())))
     return found
 
 
@@ -80,9 +83,13 @@ def _positions_dtype(numel: int) -> str:
     return "<u4" if numel <= 2**32 else "<u8"
 
 
-def _fingerprint(parameter: Tensor, indices: Tensor) -> str:
-    ranks = torch.linspace(0, len(indices) - 1, min(ENTRIES, len(indices)), dtype=torch.float64).long()
-    positions = indices[ranks.to(indices.device)]
+def _spread(places: Tensor | range) -> Tensor:
+    """Some of the places, evenly spread over them."""
+    ranks = torch.linspace(0, len(places) - 1, min(ENTRIES, len(places)), dtype=torch.float64).long()
+    return ranks if isinstance(places, range) else places[ranks.to(places.device)]
+
+
+def _fingerprint(parameter: Tensor, positions: Tensor) -> str:
     values = parameter.take(positions.to(parameter.device)).cpu()
     places = positions.cpu().numpy().astype(_positions_dtype(parameter.numel())).tobytes()
     text = base64.b64encode(places + values.view(torch.uint8).numpy().tobytes()).decode()

@@ -74,10 +74,8 @@ class SamLayer(Holder):
 
     def pair_in_force(self, adapter_name: str) -> Pair | None:
         """The same at the adapter's scale; None while the adapter is pending, or waits for its file."""
-        found = self.pair(adapter_name)
-        if found is None or found.lora_A.is_meta:
-            return None
-        if any(delta.pending for delta in self.deltas(adapter_name).values()):
+        found, deltas = self.pair(adapter_name), self.deltas(adapter_name).values()
+        if found is None or any(delta.pending for delta in deltas) or (found.lora_A.is_meta and not deltas):
             return None
         return Pair(found, self.scaling.get(adapter_name, 1.0))
 
@@ -151,18 +149,17 @@ class SamLayer(Holder):
         Raises:
             ValueError: with `safe_merge`, if an entry would not be finite; nothing is written then.
         """
-        for adapter_name in check_adapters_to_merge(self, adapter_names):
-            if adapter_name in self.sam_sparse_delta:
-                self.check_merge(adapter_name, safe_merge)
-                deltas, pair = self.in_force(adapter_name), self.pair_in_force(adapter_name)
-                changes = merge(self.get_base_layer(), deltas, pair, self.quantization_backend)
-                self._merged_changes.append(changes)
-                self.merged_adapters.append(adapter_name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.sam_sparse_delta]
+        self.check_merge(names, safe_merge)
+        for adapter_name in names:
+            deltas, pair = self.in_force(adapter_name), self.pair_in_force(adapter_name)
+            self._merged_changes.append(merge(self.get_base_layer(), deltas, pair, self.quantization_backend))
+            self.merged_adapters.append(adapter_name)
 
-    def check_merge(self, adapter_name: str, safe_merge: bool) -> None:
-        """Raise what `merge` would."""
-        deltas, pair = self.in_force(adapter_name), self.pair_in_force(adapter_name)
-        check_merge(self.get_base_layer(), adapter_name, deltas, pair, safe_merge, self.quantization_backend)
+    def check_merge(self, adapter_names: Iterable[str], safe_merge: bool) -> None:
+        """Raise what merging adapters that are not merged would, one after the other."""
+        adapters = {name: (self.in_force(name), self.pair_in_force(name)) for name in adapter_names}
+        check_merge(self.get_base_layer(), adapters, safe_merge, self.quantization_backend)
 
     def unmerge(self) -> None:
         """Put the original bits back."""

@@ -143,3 +143,5 @@ class TiedEmbedding(SamEmbedding, nn.Embedding):  # type: ignore[override]
 
     Whoever looks for an nn.Embedding finds one there: nobody asked for another module. What it does is the layer's.
     """
+
+    extra_repr = SamEmbedding.extra_repr

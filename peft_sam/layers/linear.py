@@ -68,14 +68,26 @@ class SamLinear(SamLayer):
         return super().forward(*args, **kwargs) if y is None else y
 
     def reset_pair(self, adapter_name: str) -> None:
-        """Have the pair of an adapter, if it has one, start; from the meta device it comes to the weight's."""
+        """Have the pair of an adapter, if it has one, start; from the meta device it comes to where the deltas are."""
         if (pair := self.pair(adapter_name)) is not None:
-            weight = self.parameters_below()["weight"]
-            if pair.lora_A.is_meta and not weight.is_meta:
-                pair.to_empty(device=weight.device)
-                for factor in pair.parameters():
-                    keep_equal(factor, weight)
+            devices = [delta.values.device for delta in self.deltas(adapter_name).values()]
+            self._bring(pair, next(iter(devices), torch.device("cpu")))
             pair.reset()
+
+    def _bring(self, pair: LowRank, else_to: torch.device) -> None:
+        """Give a pair on the meta device memory where the weight is, or, if that is there too, elsewhere."""
+        weight = self.parameters_below()["weight"]
+        if pair.lora_A.is_meta:
+            pair.to_empty(device=else_to if weight.is_meta else weight.device)
+            for factor in pair.parameters():
+                keep_equal(factor, weight)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *others)
+        for adapter_name, pair in self.sam_sparse_low_rank.items():
+            given = state.get(f"{prefix}sam_sparse_low_rank.{adapter_name}.lora_A")
+            if given is not None and not self.parameters_below()["weight"].is_meta:
+                self._bring(pair, given.device)  # type: ignore[arg-type]
 
     def drop_pair(self, adapter_name: str) -> None:
         """Take it away."""
@@ -116,10 +128,11 @@ class SamLinear(SamLayer):
         base: Any = self.base_layer
         if not changes:
             return base(x)
-        weight = (self.get_base_layer() if isinstance(base, BaseTunerLayer) else base)._parameters.get("weight")
+        within = isinstance(base, BaseTunerLayer)
+        weight = (self.get_base_layer() if within else base)._parameters.get("weight")
         if self.packed or not (weight is None or is_plain(weight)):
             return self._added_to_output(changes, x)
-        if "weight" not in changes or x.ndim < 2 or not is_bare(base) or is_written_down():
+        if "weight" not in changes or x.ndim < 2 or within or not is_bare(base) or is_written_down():
             return super()._forward_with(changes, x)
         return sparse_linear(x, weight, base.bias, changes["weight"], changes.get("bias", ()), self.transposed)
 

@@ -75,7 +75,7 @@ class LowRank(AtHand):
             return
         generator = torch.Generator().manual_seed(self.seed)
         # kaiming_uniform_ with a = √5
-        bound = 1 / math.sqrt(self.lora_A.shape[1])
+        bound = 1 / math.sqrt(max(self.lora_A.shape[1], 1))
         a, b = (torch.zeros(own.shape, dtype=torch.float32, device="cpu") for own in (self.lora_A, self.lora_B))
         self.lora_A.copy_(a.uniform_(-bound, bound, generator=generator))
         self.lora_B.copy_(b if self.zero else b.normal_(std=TEST_INIT_STD, generator=generator))
@@ -87,10 +87,11 @@ class LowRank(AtHand):
         libraries up to five times as long.
         """
         x = F.dropout(x.to(product_dtype(x, self.lora_A.dtype)), self.dropout, self.training)
-        inner = (self.lora_A @ x.reshape(-1, x.shape[-1]).t()).t()
+        tokens = math.prod(x.shape[:-1])
+        inner = (self.lora_A @ x.reshape(tokens, x.shape[-1]).t()).t()
         outer, scale = self.lora_B.t().contiguous(), scale * self.scaling
         if y.dtype == inner.dtype and y.device == inner.device:
-            return torch.addmm(y.reshape(-1, y.shape[-1]), inner, outer, alpha=scale).view(y.shape)
+            return torch.addmm(y.reshape(tokens, y.shape[-1]), inner, outer, alpha=scale).view(y.shape)
         return y + (inner @ outer * scale).to(y.device, y.dtype).view(y.shape)
 
     def dense(self) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peft_sam._peft import quantization_backend
+from peft_sam._peft import BaseTunerLayer, quantization_backend
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.embedding import SamEmbedding, TiedEmbedding, is_scaled
 from peft_sam.layers.linear import SamLinear
@@ -24,6 +24,8 @@ LAYERS: dict[Any, type[SamLayer]] = {
 def make_layer(module: nn.Module, tuner: Any, targeted: bool = True) -> SamLayer:
     """The layer of a tuner for `module`: the fast one if its forward is known, or if it is a quantised linear layer.
 
+    Around another tuner's layer of a linear one, too, for its low-rank pairs.
+
     Args:
         targeted: whether the module itself is a target, or only tied to one.
     """
@@ -35,4 +37,7 @@ def make_layer(module: nn.Module, tuner: Any, targeted: bool = True) -> SamLayer
         layer = SamLinear(module)
         layer.quantization_backend = quantization_backend(module, tuner)
         return layer
+    inner = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+    if inner is not None and LAYERS.get(type(inner).forward) is SamLinear and is_plain(inner.weight):
+        return SamLinear(module)
     return LAYERS.get(type(module).forward, SamLayer)(module)

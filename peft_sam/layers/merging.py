@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,33 +13,41 @@ from peft_sam._peft import QuantizationBackend
 from peft_sam.layers.low_rank import Pair, composed_with
 from peft_sam.layers.owned import is_plain, stored_parameter
 from peft_sam.layers.quantised import Codes, dequantised, put_back, requantise
-from peft_sam.sparse.delta import SparseDelta, changed, version_of
+from peft_sam.sparse.delta import SparseDelta, changed
+
+# of an adapter in a module: its deltas by parameter, and a low-rank pair of the weight
+Own = tuple[Mapping[str, SparseDelta], Pair | None]
 
 
 class Change(NamedTuple):
     """What merging did to one parameter: its entries at `indices` were `original`; None: all of it was.
 
     Attributes:
-        by: what changed it, and how often that had been written to.
+        written: what the entries became; where all did, copies of what was added to them, in order.
     """
 
     name: str
     indices: Tensor | None
     original: Tensor | Codes
-    by: list[SparseDelta | Pair]
-    versions: list[int]
+    written: Tensor | list[Added | Pair]
+
+
+class Added(NamedTuple):
+    """Numbers added at some places; read as a `SparseDelta` is, which may get others."""
+
+    places: Tensor
+    values: Tensor
+
+    def checked_indices(self) -> Tensor:
+        """The places."""
+        return self.places
 
 
 @torch.no_grad()
 def check_merge(
-    base: nn.Module,
-    adapter_name: str,
-    deltas: Mapping[str, SparseDelta],
-    pair: Pair | None,
-    safe_merge: bool,
-    backend: QuantizationBackend | None,
+    base: nn.Module, adapters: Mapping[str, Own], safe_merge: bool, backend: QuantizationBackend | None
 ) -> None:
-    """Whether `deltas`, and a low-rank pair of the weight, can be merged into `base`; nothing is written.
+    """Whether adapters can be merged into `base`, one after the other; nothing is written.
 
     Pending ones can: they are nothing to write.
 
@@ -46,16 +55,25 @@ def check_merge(
         ValueError: if a parameter is offloaded, or quantised so that PEFT's `backend` (None: none) cannot write it, or,
             with `safe_merge`, if an entry would not be finite.
     """
-    for name, of in _by_parameter(deltas, pair).items():
-        writable = backend is not None and backend.supports_merge
-        if not is_plain(stored_parameter(base, name)) and not writable:
-            how = "quantised or offloaded" if backend is None else f"quantised ({backend.backend_name})"
-            raise ValueError(
-                f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape {tuple(of[0].shape)} is "
-                f"{how} in a way that cannot be written back. Merge into the full-precision model."
-            )
-        if safe_merge and not _after(_weight(base, name, backend), of)[1].isfinite().all():
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+    after: dict[str, Tensor] = {}
+    for adapter_name, (deltas, pair) in adapters.items():
+        for name, of in _by_parameter(deltas, pair).items():
+            writable = backend is not None and backend.supports_merge
+            if not is_plain(stored_parameter(base, name)) and not writable:
+                how = "quantised or offloaded" if backend is None else f"quantised ({backend.backend_name})"
+                raise ValueError(
+                    f"adapter {adapter_name!r} cannot be merged: its parameter {name!r} of shape "
+                    f"{tuple(of[0].shape)} is {how} in a way that cannot be written back. Merge into the "
+                    "full-precision model."
+                )
+            if safe_merge:
+                weight = after[name] if name in after else _weight(base, name, backend)
+                if not _after(weight, of)[1].isfinite().all():
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+                    )
+                if len(adapters) > 1:
+                    after[name] = composed_with(weight, of)
 
 
 @torch.no_grad()
@@ -78,15 +96,20 @@ def merge(
             _put(weight, indices, entries)
         if original is None:
             assert backend is not None
-            changes.append(Change(name, indices, requantise(base, backend, weight), of, _versions(of)))
+            changes.append(Change(name, indices, requantise(base, backend, weight), []))
         else:
-            changes.append(Change(name, indices, original, of, _versions(of)))
+            changes.append(Change(name, indices, original, _as_they_are(of) if indices is None else entries))
     return changes
 
 
-def _versions(changes: list[SparseDelta | Pair]) -> list[int]:
-    of = [(*change.low_rank.parameters(),) if isinstance(change, Pair) else (change.values,) for change in changes]
-    return [version_of(tensor) for tensors in of for tensor in tensors]
+def _as_they_are(changes: list[SparseDelta | Pair]) -> list[Added | Pair]:
+    """Copies, which no training reaches."""
+    return [
+        Pair(copy.deepcopy(change.low_rank), change.scale)
+        if isinstance(change, Pair)
+        else Added(change.checked_indices(), change.values.clone())
+        for change in changes
+    ]
 
 
 def _by_parameter(deltas: Mapping[str, SparseDelta], pair: Pair | None) -> dict[str, list[SparseDelta | Pair]]:
@@ -124,12 +147,12 @@ def restore(base: nn.Module, changes: list[Change]) -> None:
         if isinstance(change.original, Codes):
             put_back(base, change.original)
             continue
-        parameter = stored_parameter(base, change.name)
-        original = change.original.to(parameter.device, parameter.dtype)
+        parameter, written = stored_parameter(base, change.name), change.written
         indices = None if change.indices is None else change.indices.to(parameter.device)
-        now, written = parameter if indices is None else parameter.take(indices), _written(change, original)
-        if written is not None:
-            original = _with_what_others_did(original, written, now, rounded=indices is None)
+        now = parameter if indices is None else parameter.take(indices)
+        if not isinstance(written, Tensor):
+            written = composed_with(change.original, written)  # type: ignore[arg-type]
+        original = _with_what_others_did(change.original, written, now, rounded=indices is None)
         if indices is None:
             parameter.copy_(original)
         else:
@@ -140,24 +163,16 @@ def _with_what_others_did(original: Tensor, written: Tensor, now: Tensor, rounde
     """The original entries, and where others have changed what was written, their change on top; waits for no device.
 
     Args:
-        rounded: a product of two factors was written, which another device or number of threads rounds otherwise.
+        rounded: a product of two factors was written, which another number of threads rounds otherwise.
     """
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (original, now))
+    original, written = original.to(now.device, now.dtype), written.to(now.device, now.dtype)
     dtype = torch.promote_types(now.dtype, torch.float32)
     change = now.to(dtype) - written.to(dtype)
     kept = (now == written) | (now.isnan() & written.isnan())
     if rounded:
-        kept |= change.abs() <= 2 * torch.finfo(now.dtype).eps * written.to(dtype).abs()
+        kept |= change.abs() <= 2 * eps * written.to(dtype).abs()
     return torch.where(kept, original, (original.to(dtype) + change).to(original.dtype))
-
-
-def _written(change: Change, original: Tensor) -> Tensor | None:
-    """What merging wrote; None if the deltas are others by now."""
-    if _versions(change.by) != change.versions:
-        return None
-    if change.indices is None:
-        return composed_with(original, change.by)
-    values = change.by[0].values.to(original.device)  # type: ignore[union-attr]
-    return changed(original, values) if len(values) == len(original) else None
 
 
 def _put(parameter: Tensor, indices: Tensor, entries: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -68,15 +69,12 @@ def sparse_linear(
     places, values = [delta.checked_indices() for delta in every], [delta.values for delta in every]
     plans = [plan_linear(delta, transposed) for delta in deltas]
     # flattened and viewed out here: what a Function returns may be changed in place only if it is no view
-    tokens = x.flatten(0, -2)
-    if torch.is_autocast_enabled(x.device.type):
-        tokens = tokens.to(product_dtype(x, x.dtype))
-        with torch.autocast(x.device.type, enabled=False):
+    tokens = x.flatten(0, -2).to(product_dtype(x, x.dtype))
+    with _no_autocast(x):
+        if torch.is_grad_enabled():
             y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
-    elif torch.is_grad_enabled():
-        y = _SparseLinear.apply(tokens, weight, bias, plans, places, *values)
-    else:
-        y = _linear(tokens, weight, bias, plans, [None] * len(plans), places, values)
+        else:
+            y = _linear(tokens, weight, bias, plans, [None] * len(plans), places, values)
     return y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -85,6 +83,12 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return dtype
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Has products be computed in the dtypes of their factors."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -114,12 +118,13 @@ class _SparseLinear(torch.autograd.Function):
         weight, *saved = ctx.saved_tensors
         values, kept = saved[: len(places)], saved[len(places) :]
         needs_x, _, needs_bias, _, _, *needs = ctx.needs_input_grad
-        grad_x = _adjoint(grad, weight, plans, places, values) if needs_x else None
+        with _no_autocast(grad):
+            grad_x = _adjoint(grad, weight, plans, places, values) if needs_x else None
+            grads: list[Tensor | None] = [
+                None if x is None else value_gradient(plan, x, grad, value.dtype)
+                for plan, x, value in zip(plans, kept, values[:number], strict=True)
+            ]
         grad_bias = grad.sum(0) if needs_bias or any(needs[number:]) else None
-        grads: list[Tensor | None] = [
-            None if x is None else value_gradient(plan, x, grad, value.dtype)
-            for plan, x, value in zip(plans, kept, values[:number], strict=True)
-        ]
         for place, value, need in zip(places[number:], values[number:], needs[number:], strict=True):
             grads.append(grad_bias.index_select(0, place).to(value.dtype) if need else None)  # type: ignore[union-attr]
         return (grad_x, None, grad_bias if needs_bias else None, None, None, *grads)

@@ -24,5 +24,7 @@ def scratch(numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     size = numbers * dtype.itemsize
     buffer: Tensor | None = getattr(_kept, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _kept.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if type(buffer) is Tensor:  # not the stand-in of a mode that only computes shapes
+            _kept.buffer = buffer
     return buffer[:size].view(dtype)

@@ -5,6 +5,7 @@ A `tuner` here is PEFT's: a `SamModel`, or a MixedModel that holds sparse adapte
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -40,7 +41,7 @@ from peft_sam.tuner.candidates import (
 from peft_sam.tuner.moved import remember_buffers
 from peft_sam.tuner.states import take_states
 from peft_sam.tuner.targets import is_target, named_parameters
-from peft_sam.tuner.ties import loosen, tie
+from peft_sam.tuner.ties import loosen, shared_parameters, tie
 
 
 def inject(
@@ -76,9 +77,8 @@ def inject(
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _adapt_inside_layers(tuner, model, adapter_name, config)
         _tie(tuner, model)
-        for layer in layers_with(model, adapter_name).values():
-            if layer.pair(adapter_name) is not None and layer.is_shared("weight"):
-                layer.drop_pair(adapter_name)
+        _drop_shared_pairs(model, adapter_name)
+        _warn_of_no_pairs(model, adapter_name, config)
         take_states(model)
         remember_buffers(model)
         _share(model)
@@ -200,6 +200,23 @@ def _adapt_inside_layers(tuner: Any, model: nn.Module, adapter_name: str, config
             parent, _, child = path.rpartition(".")
             adapt(tuner, config, adapter_name, model.get_submodule(path), child, model.get_submodule(parent), path)
             tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+
+
+def _drop_shared_pairs(model: nn.Module, adapter_name: str) -> None:
+    """Take away the low-rank pairs of weights that several modules own, whether a delta of them is tied or not."""
+    weights = [place for places in shared_parameters(model) for place in places if place.parameter == "weight"]
+    shared = {base_name(place.module) for place in weights}
+    for module in pairs_of(model, adapter_name).keys() & shared:
+        sam_layers(model)[module].drop_pair(adapter_name)
+
+
+def _warn_of_no_pairs(model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+    if config.r is not None and not pairs_of(model, adapter_name):
+        warnings.warn(
+            f"adapter {adapter_name!r} has r={config.r} and no low-rank pair: none of its targets is a linear layer "
+            "with a weight of its own (one that is tied, or read without a call, is not). Only entries are trained.",
+            stacklevel=2,
+        )
 
 
 def _share(model: nn.Module) -> None:

@@ -187,10 +187,8 @@ class SamModel(BaseTuner):
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
         for layer in sam_layers(self.model).values():
-            for name in names:
-                # offloaded ones are checked one by one
-                if name not in layer.merged_adapters and not hasattr(layer.base_layer, "_hf_hook"):
-                    layer.check_merge(name, safe_merge)
+            if not hasattr(layer.base_layer, "_hf_hook"):  # offloaded ones are checked one by one
+                layer.check_merge([name for name in names if name not in layer.merged_adapters], safe_merge)
         changing(sam_layers(self.model), names, "merged")
 
     def unmerge_adapter(self) -> None:

@@ -74,6 +74,21 @@ def test_a_random_selection_repeats_for_a_seed_and_has_k_entries(density: float,
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_random_selection_is_the_same_whatever_dtype_torch_makes_by_default(
+    dtype: torch.dtype,
+) -> None:
+    of = {"a": torch.zeros(500, 20), "b": torch.zeros(500, 20)}
+    expected = choose(of, score="random", density=0.01, seed=1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = choose(of, score="random", density=0.01, seed=1)
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(found.indices[name], expected.indices[name]) for name in of)
+
+
 def test_a_random_selection_is_uniform_over_positions() -> None:
     of = {"w": torch.zeros(50)}
     hits = torch.zeros(50)

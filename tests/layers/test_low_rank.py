@@ -39,6 +39,7 @@ def composed(base: nn.Module, model: Any) -> nn.Module:
     return adapted_copy(base, model.base_model.sparse_deltas(), pairs_of(model, "default")).eval()
 
 
+@pytest.mark.filterwarnings("ignore:adapter 'default' has r=3 and no low-rank pair")
 @pytest.mark.parametrize("case", MODULES, ids=names)
 def test_a_module_computes_with_both(case: ModuleCase) -> None:
     base = case.make()
@@ -206,7 +207,6 @@ def test_tied_weights_and_modules_that_are_no_linear_layers_have_none() -> None:
     assert base.lm_head.weight is base.transformer.wte.weight
     model = adapted(copy.deepcopy(base), target_modules="all")
     found = pairs_of(model, "default")
-    assert found
     assert {type(model.base_model.model.get_submodule(name).get_base_layer()).__name__ for name in found} == {"Conv1D"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from peft_sam.sparse import ops, plan, products
@@ -305,3 +307,35 @@ def test_the_half_precision_sum_is_rounded_once() -> None:
     delta = make_delta((4, 4), [1, 6, 11], torch.float32)
     expected = (parameter.float() + dense_delta(delta)).to(torch.bfloat16)
     assert torch.equal(compose(parameter, [delta]), expected)
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_autocast_around_the_backward_pass_alone_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, chunked: bool
+) -> None:
+    if chunked:
+        monkeypatch.setattr(plan, "WORKSPACE", 16)
+    delta, weight = make_delta((6, 5), [1, 7, 13, 22, 28], torch.float32), torch.randn(6, 5)
+    x = torch.randn(9, 5, requires_grad=True)
+    y = sparse_linear(x, weight, None, [delta], [], transposed=False)
+    expected = torch.autograd.grad(y.sum(), (x, delta.values), retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(y, (x, delta.values), torch.ones_like(y))
+    assert all(torch.equal(here, there) for here, there in zip(found, expected, strict=True))
+
+
+def test_a_pass_that_only_computes_shapes_leaves_nothing_to_the_next() -> None:
+    delta, weight = make_delta((40, 40), list(range(0, 1600, 7)), torch.float32), torch.randn(40, 40)
+    x = torch.randn(300, 40)
+    plan_linear(delta, transposed=False)
+    found: list[Tensor] = []
+
+    def run() -> None:  # a thread has no memory from before
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            sparse_linear(torch.ones(300, 40), weight, None, [delta], [], transposed=False)
+        found.append(sparse_linear(x, weight, None, [delta], [], transposed=False).detach())
+
+    thread = Thread(target=run)
+    thread.start()
+    thread.join()
+    torch.testing.assert_close(found[0], x @ (weight + dense_delta(delta)).t())

@@ -324,3 +324,12 @@ def test_the_first_adapter_of_a_wrapped_model_is_a_peft_model() -> None:
     model = get_peft_model(bert(), config())
     assert isinstance(model, PeftModel)
     assert "SAM_SPARSE" in repr(model.peft_config["default"])
+
+
+def test_a_tied_embedding_that_only_follows_is_printed_and_told_of() -> None:
+    model: Any = get_peft_model(gpt2(), SamConfig(score="random", density=0.1, target_modules=["lm_head"]))
+    ids = torch.randint(1, 40, (2, 7))
+    assert "TiedEmbedding" in repr(model)
+    assert model.get_model_status().enabled is True
+    with model.disable_adapter():
+        model(input_ids=ids)
