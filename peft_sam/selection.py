@@ -52,6 +52,9 @@ class Selection:
     excluded: int = 0
     unit: str = "samples"
 
+    def __post_init__(self) -> None:
+        self.shapes = {name: torch.Size(shape) for name, shape in self.shapes.items()}
+
     @property
     def counts(self) -> dict[str, int]:
         """Selected entries per parameter, of those that have any."""
@@ -133,7 +136,7 @@ class Selection:
         try:
             about = json.loads(read_metadata(path))
             with safe_open(path, framework="pt") as file:
-                shapes = {name: torch.Size(shape) for name, shape in about.pop("shapes").items()}
+                shapes = about.pop("shapes")
                 indices = {name: file.get_tensor(name) for name in shapes}
             selection = cls(indices, shapes, **about)
             numbers = [getattr(selection, name) for name in NUMBERS]
@@ -145,7 +148,7 @@ class Selection:
                 "expected a file written by Selection.save."
             ) from error
         for name, support in indices.items():
-            check_support(support, shapes[name].numel(), name)
+            check_support(support, selection.shapes[name].numel(), name)
         return selection
 
 

@@ -115,11 +115,6 @@ def check_merged(adapter: Adapter, folder: Path, _: Squares) -> None:
         with _in_silence():
             loaded = type(bare).from_pretrained(folder, dtype=bare.dtype)
         _check_values(adapter, bare, loaded)
-        ours = {id(part.base) for part in adapter.parts}
-        there = dict(loaded.named_parameters(remove_duplicate=False))
-        for name, parameter in bare.named_parameters():
-            if id(parameter) not in ours and not _same(parameter, there.get(name)):
-                raise ValueError(f"transformers loads other values of {name!r} than the model has")
 
 
 def check_patch(adapter: Adapter, folder: Path, _: Squares) -> None:
@@ -156,7 +151,7 @@ def check_patch(adapter: Adapter, folder: Path, _: Squares) -> None:
 
 
 def _check_values(adapter: Adapter, bare: nn.Module, loaded: nn.Module) -> None:
-    """Whether each parameter that the adapter changes has its new values in a loaded model."""
+    """Whether each parameter that the adapter changes has its new values in a loaded model, and the others theirs."""
     names = {id(parameter): name for name, parameter in bare.named_parameters()}
     there: Mapping[str, Tensor] = dict(loaded.named_parameters(remove_duplicate=False))
     for part in adapter.parts:
@@ -167,6 +162,10 @@ def _check_values(adapter: Adapter, bare: nn.Module, loaded: nn.Module) -> None:
     for name, head in adapter.named_heads():
         if not _same(head, there.get(name)):
             raise ValueError(f"transformers loads other values of {name!r} than those that are trained")
+    ours = {id(part.base) for part in adapter.parts}
+    for name, parameter in bare.named_parameters(remove_duplicate=False):
+        if id(parameter) not in ours and not _same(parameter, there.get(name)):
+            raise ValueError(f"transformers loads other values of {name!r} than the model has")
 
 
 def _same(here: Tensor, there: Tensor | None) -> bool:

@@ -192,6 +192,7 @@ def export_adapter(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{os.fspath(path)!r} is not empty: export to a new folder.")
     adapter = Adapter(model, adapter_name)
+    adapter.refuse_what_is_besides()
     if not FORMATS[format].pairs:
         adapter.refuse_pairs(f"format {format!r}")
     _check_holds(format, adapter)

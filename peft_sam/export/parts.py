@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Collection
 from itertools import chain
 from typing import Any, NamedTuple
@@ -155,6 +156,32 @@ class Adapter:
                 f"(r={self.config.r}) change every entry of their layers. Formats 'supertuning', 'lora' and 'merged' "
                 "can hold them."
             )
+
+    def refuse_what_is_besides(self) -> None:
+        """Raise a ValueError if the adapter is more than entries, pairs and heads: no other form holds that."""
+        scaled = {layer.scaling[self.name] for layer in self.layers if self.name in layer.scaling}
+        if scaled:
+            raise ValueError(
+                f"adapter {self.name!r} has a scale ({', '.join(map(str, sorted(scaled)))}), which is not part of it: "
+                "set it to 1, or make an adapter of the scaled one, add_weighted_adapter([name], [scale], new_name)."
+            )
+        if self.config.trainable_token_indices:
+            raise ValueError(
+                f"adapter {self.name!r} trains rows of embeddings besides (trainable_token_indices), which other "
+                "formats cannot hold: use model.merge_and_unload(), and save that."
+            )
+
+    def refuse_untied_heads(self) -> None:
+        """Raise a ValueError, for new weights go into a base, if a head is a copy of a weight that is tied there."""
+        places = Counter(id(parameter) for _, parameter in self.base.named_parameters(remove_duplicate=False))
+        for name, wrapper in self.base.named_modules():
+            if not isinstance(wrapper, ModulesToSaveWrapper) or self.name not in wrapper.modules_to_save:
+                continue
+            if any(places[id(parameter)] > 1 for parameter in wrapper.original_module.parameters()):
+                raise ValueError(
+                    f"new weights are for a base in which {base_name(name)!r} is tied, and adapter {self.name!r} has "
+                    "trained a copy of it (modules_to_save). Format 'merged' and those of stock PEFT can hold both."
+                )
 
     def saved_besides(self, adapted: Collection[str]) -> dict[str, Tensor]:
         """What PEFT saves besides the deltas, under its names: heads, and embeddings whose vocabulary was resized.

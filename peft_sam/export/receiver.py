@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -171,8 +172,10 @@ def _check(patches: Sequence[WeightPatch]) -> None:
     """Refuse what is no patch, before anything is written.
 
     Raises:
-        ValueError: if values are missing, too many or NaN, or positions are none.
+        ValueError: if values are missing, too many or NaN, positions are none, or a tensor has several patches.
     """
+    if twice := [name for name, number in Counter(patch.name for patch in patches).items() if number > 1]:
+        raise ValueError(f"there are several patches of {', '.join(twice)}: pass one patch of each tensor.")
     for patch in patches:
         numel = torch.Size(patch.shape).numel()
         expected = numel if patch.indices is None else len(patch.indices)

@@ -50,13 +50,16 @@ class WeightStream:
 
     Raises:
         TypeError, PendingAdapterError: as `export_adapter`.
-        ValueError: if there is no such adapter, it has low-rank pairs, a parameter is not plain in memory, or new
-            values do not arrive one for one in the checkpoint.
+        ValueError: if there is no such adapter, it has low-rank pairs, a scale, trained rows of embeddings, or a
+            trained copy of a tied weight, a parameter is not plain in memory, or new values do not arrive one for one
+            in the checkpoint.
     """
 
     def __init__(self, model: nn.Module, adapter_name: str = "default", dtype: torch.dtype | None = None) -> None:
         self._adapter = Adapter(model, adapter_name)
+        self._adapter.refuse_what_is_besides()
         self._adapter.refuse_pairs("a stream of new weights")
+        self._adapter.refuse_untied_heads()
         if hidden := [part.name for part in self._adapter.parts if not part.readable]:
             raise ValueError(f"θ⁰ cannot be read, since it is quantised, offloaded or sharded, in {hidden}.")
         self._dtype = dtype

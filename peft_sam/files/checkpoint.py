@@ -23,8 +23,8 @@ from peft_sam.sparse.coding import decode
 from peft_sam.sparse.delta import PendingAdapterError, delta_dtype
 from peft_sam.sparse.support import check_support
 
-KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)$")
-PAIR = re.compile(r"^(?P<module>.*)\.sam_sparse_low_rank\.(?P<part>lora_[AB])$")
+KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)\Z")
+PAIR = re.compile(r"^(?P<module>.*)\.sam_sparse_low_rank\.(?P<part>lora_[AB])\Z")
 # what the model's state dict has before an adapter's name
 KINDS = ("sam_sparse_delta", "sam_sparse_low_rank")
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.trainer_pt_utils import find_batch_size
 
 from peft_sam.choosing.before import random_states_as_before
 
@@ -63,7 +64,7 @@ class Counts:
 
     def _places_left_out(self, labels: Tensor, batch: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
         """Where losses of tokens may leave labels out: the first of each row; those that the attention mask hides."""
-        if labels.ndim == 2 and labels.shape[1] > 1:
+        if labels.ndim == 2 and labels.shape[1]:
             first = torch.zeros_like(labels, dtype=torch.bool)
             first[:, 0] = True
             yield "first", first
@@ -112,10 +113,9 @@ class Counts:
 
 
 def examples_in(batch: Any) -> int:
-    """The rows of a batch: the length of its first tensor."""
-    tensors = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else [batch]
-    lengths = [len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.ndim]
-    return lengths[0] if lengths else 1
+    """The rows of a batch: the length of its first tensor, at whatever depth it lies."""
+    found = find_batch_size(batch)
+    return 1 if found is None else found
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -69,7 +69,7 @@ def select_parameters(
             for the first 1,000 at most. Of the score "movement": the number of steps.
         memory_budget: for the statistics, in bytes or as "8GiB"; None for what one pass needs, a float32 number per
             candidate entry and statistic. With less, the pass is repeated for some candidates at a time; the
-            selection is the same.
+            selection is the same, but by Hutchinson's curvature, which is estimated for some candidates at a time.
         train_mode: run the model in train mode (dropout on), as the paper's code does.
         head_warmup_steps: first train what is trained besides the adapter, as the new head in `modules_to_save`, alone
             for so many batches (of each process), and keep it so: the gradient under a random head tells of the head's
@@ -150,7 +150,7 @@ def select_parameters(
                         progress=shown,
                         exclude=left_alone,
                     )
-                    selection.head_warmup_steps = head_warmup_steps
+                    selection.head_warmup_steps = int(head_warmup_steps)
                     tell_if_fewer(selection)
         if selection is None:
             selection = choose_for(candidates_of(adapted, adapter_name), config, left_alone)

@@ -17,9 +17,11 @@ from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import layers_with, sam_layers
 from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import stored_parameters
+from peft_sam.recorded import check_selection
 from peft_sam.scores import SCORES
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.support import check_support
 from peft_sam.tuner.targets import resolve_targets
 
 # What is said of a selection and does not hold for another support.
@@ -69,8 +71,8 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
     """Give a pending adapter the support of `selection`, with deltas of zero.
 
     Raises:
-        ValueError: if the selection was made for other candidates (names the first difference), or the adapter is
-            merged.
+        ValueError: if the selection was made for other candidates (names the first difference), holds what is no
+            support or what no file may say of one, or the adapter is merged; nothing is changed then.
     """
     candidates = {name: parameter.shape for name, parameter in candidates_of(model, adapter_name).items()}
     for name in [*candidates, *selection.shapes]:
@@ -84,12 +86,16 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
     layers = layers_with(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(f"adapter {adapter_name!r} is merged: call model.unmerge_adapter() before selecting for it.")
+    for name, shape in candidates.items():
+        check_support(selection.indices[name], shape.numel(), name)
+    about = selection.summary()
+    check_selection(about)
     supports = {
         module: {n: found for n in layer.deltas(adapter_name) if len(found := selection.indices[f"{module}.{n}"])}
         for module, layer in layers.items()
     }
     _start(layers, adapter_name, config, supports)
-    config.record(selection.summary(), fingerprints(layers, adapter_name))
+    config.record(about, fingerprints(layers, adapter_name))
 
 
 def share_support(model: nn.Module, like: str, adapter_name: str, config: SamConfig) -> None:

@@ -30,7 +30,7 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
     rest = {key: tensor for key, tensor in state.items() if not is_own(key)}
     embeddings = Brought(rest, model, adapter_name)
     rest = {key: tensor for key, tensor in rest.items() if key not in embeddings.keys}
-    check_others(rest, model, adapter_name, shapes=replaces)
+    check_others(rest, model, adapter_name, shapes=replaces or bool(embeddings.keys))
     found = read_file(state, layers, adapter_name, None if replaces else config.counts)
     pairs = read_pairs(state, layers, adapter_name, whole=not replaces)
     if file_follows.get() is not None and config.selection is not None:

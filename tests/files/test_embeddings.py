@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
@@ -159,6 +159,22 @@ def test_a_file_for_a_resized_base_says_what_to_do_and_changes_nothing(tmp_path:
         PeftModel.from_pretrained(bare, tmp_path / "adapter")
     assert all(torch.equal(p, before[name]) for name, p in bare.named_parameters())
     assert {name for name, _ in bare.named_parameters()} == before.keys()
+
+
+def test_a_file_that_is_refused_for_its_head_leaves_no_embedding_behind(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = get_peft_model(base(llama, tmp_path / "base"), SamConfig(**RANDOM, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    state = load_file(tmp_path / "adapter" / FILE)
+    head = state["base_model.model.lm_head.weight"]
+    state["base_model.model.model.embed_tokens.weight"] = torch.zeros_like(head)
+    state["base_model.model.lm_head.weight"] = head[:4].clone()
+    save_file(state, tmp_path / "adapter" / FILE)
+    bare = base(llama, tmp_path / "base")
+    before = {name: p.clone() for name, p in bare.named_parameters()}
+    with pytest.raises(ValueError, match=r"lm_head.*with shape \(4, 16\)"):
+        PeftModel.from_pretrained(bare, tmp_path / "adapter")
+    assert all(torch.equal(p, before[name]) for name, p in bare.named_parameters())
 
 
 def test_the_state_dict_is_the_same_under_every_name_of_the_function(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from transformers import (
 
 from peft_sam import SamConfig, select_parameters
 from peft_sam.selecting.batches import from_loader
+from peft_sam.selecting.counts import examples_in
 from tests.selecting.test_select import arguments, assert_same_up_to_rounding
 from tests.shared import reference
 from tests.shared.cases import VOCABULARY, bert, gpt2, llama, t5
@@ -386,3 +387,22 @@ def test_rows_in_the_place_of_batches_are_told_apart(loader: Any, message: str) 
     model = get_peft_model(llama(), SamConfig(task_type="CAUSAL_LM", density=0.05))
     with pytest.raises(ValueError, match=message):
         select_parameters(model, loader, progress=False)
+
+
+@pytest.mark.parametrize("around", [lambda b: {"x": b}, lambda b: (b, None), lambda b: [[b["input_ids"], b["labels"]]]])
+def test_rows_are_counted_at_whatever_depth_they_lie(around: Callable[[Batch], Any]) -> None:
+    batch = {"input_ids": torch.zeros(7, 3, dtype=torch.int64), "labels": torch.zeros(7, dtype=torch.int64)}
+    assert examples_in(around(batch)) == 7
+    assert examples_in({"none": None, "nothing": []}) == 1
+
+
+def test_a_batch_of_single_tokens_has_no_targets_and_is_passed_over() -> None:
+    def selected(lengths: list[int]) -> Any:
+        torch.manual_seed(0)
+        model = get_peft_model(llama(), SamConfig(density=0.05))
+        rows = [torch.randint(1, VOCABULARY, (2, n), generator=torch.Generator().manual_seed(n)) for n in lengths]
+        return select_parameters(model, [{"input_ids": ids, "labels": ids} for ids in rows], progress=False)
+
+    alone, beside = selected([5, 6]), selected([5, 1, 6])
+    assert beside.samples == alone.samples
+    assert all(torch.equal(beside.indices[name], indices) for name, indices in alone.indices.items())

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from peft_sam import FewerEntriesWarning, PendingAdapterError, SamConfig, Selection, select_parameters
+from peft_sam.layers.found import deltas_of
 from tests.shared import reference
 from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, gpt2, llama, names
 from tests.shared.device import DEVICE
@@ -229,6 +231,46 @@ def test_a_selection_for_other_targets_names_the_first_difference() -> None:
         select_parameters(other, selection=selection)
     with pytest.raises(PendingAdapterError):
         other.train()(**NETS[0].batch(2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"indices": [0, 10**6]}, "outside the parameter"),
+        ({"indices": [3, 1]}, "must be sorted"),
+        ({"score": "my mask"}, "'my mask'; a word"),
+        ({"unit": "target tokens"}, "'target tokens'; a word"),
+        ({"threshold": float("nan")}, "nan; a finite number"),
+        ({"threshold": float("inf")}, "inf; a finite number"),
+    ],
+)
+def test_a_selection_that_could_not_be_saved_changes_nothing(wrong: dict[str, Any], message: str) -> None:
+    model, _ = adapt(NETS[0])
+    selection = select_parameters(copy.deepcopy(model), [NETS[0].batch(3)], progress=False)
+    damaged = copy.deepcopy(selection)
+    if "indices" in wrong:
+        damaged.indices[[*damaged.shapes][-1]] = torch.tensor(wrong["indices"])
+    else:
+        setattr(damaged, *next(iter(wrong.items())))
+    with pytest.raises(ValueError, match=message):
+        select_parameters(model, selection=damaged)
+    assert all(delta.pending for delta in deltas_of(model, "default").values())
+    select_parameters(model, selection=selection)
+
+
+def test_shapes_are_shapes_whatever_they_are_given_as(tmp_path: Path) -> None:
+    model, _ = adapt(NETS[0])
+    found = select_parameters(copy.deepcopy(model), [NETS[0].batch(3)], progress=False)
+    fields = {**vars(found), "shapes": {name: tuple(shape) for name, shape in found.shapes.items()}}
+    select_parameters(model, selection=Selection(**fields))
+    assert model.peft_config["default"].selection["m"] == found.m
+
+
+def test_a_number_of_steps_that_is_numpy_s_is_saved(tmp_path: Path) -> None:
+    model, _ = adapt(NETS[0])
+    batches = [NETS[0].batch(3)]
+    select_parameters(model, batches, head_warmup_steps=np.int64(1), progress=False)  # type: ignore[arg-type]
+    model.save_pretrained(tmp_path)
 
 
 def test_a_data_free_score_selects_inside_get_peft_model() -> None:

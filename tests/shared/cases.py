@@ -255,8 +255,8 @@ def _llama_shape() -> dict[str, Any]:
     }
 
 
-def llama() -> LlamaForCausalLM:
-    return LlamaForCausalLM(LlamaConfig(**_llama_shape()))
+def llama(**more: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(LlamaConfig(**_llama_shape(), **more))
 
 
 def mixtral() -> MixtralForCausalLM:
