@@ -1,6 +1,6 @@
 """PEFT's tuner for sparse adapters: a network plus its layers.
 
-Imports: _peft, scores, selection, config, sparse, layers, files.
+Imports: _peft, scores, selection, recorded, config, sparse, layers, files.
 Imported by: selecting, export.
 
 * `model`: `SamModel`, PEFT's BaseTuner; `injection`: putting an adapter in, and out again if that fails.
