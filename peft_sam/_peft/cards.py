@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,35 @@ from peft import PeftModel
 
 from peft_sam._peft.kind import is_sparse
 
-# A reloaded module finds its own wrapper in place and unwraps it.
+# A reloaded module finds its own wrappers in place and unwraps them.
 _write_plain_card = inspect.unwrap(PeftModel.create_or_update_model_card)
+_save_pretrained = inspect.unwrap(PeftModel.save_pretrained)
+
+# The adapters that are being saved; None for all.
+_saved: ContextVar[Sequence[str] | None] = ContextVar("saved", default=None)
 
 
 def enter_cards(complete_card: Callable[[Any, str, Path], None]) -> None:
     """Have `complete_card` (model, adapter name, folder) add to PEFT's cards.
 
-    Of several sparse adapters the card describes "default", which PEFT saves beside it, or else the first.
+    Of several sparse adapters that are saved the card describes "default", which PEFT saves beside it, or else the
+    first.
     """
+
+    @functools.wraps(_save_pretrained)
+    def save_pretrained(self: PeftModel, *args: Any, **kwargs: Any) -> None:
+        told = inspect.signature(_save_pretrained).bind(self, *args, **kwargs).arguments
+        token = _saved.set(told.get("selected_adapters"))
+        try:
+            _save_pretrained(self, *args, **kwargs)
+        finally:
+            _saved.reset(token)
 
     @functools.wraps(_write_plain_card)
     def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
         _write_plain_card(self, output_dir)
-        names = [name for name, config in self.peft_config.items() if is_sparse(config)]
+        saved = _saved.get()
+        names = [n for n, config in self.peft_config.items() if is_sparse(config) and (saved is None or n in saved)]
         if names:
             try:
                 complete_card(self, "default" if "default" in names else names[0], Path(output_dir))
@@ -42,5 +58,6 @@ def enter_cards(complete_card: Callable[[Any, str, Path], None]) -> None:
             self.create_or_update_model_card(str(working_dir))
         return super(PeftModel, self)._upload_modified_files(working_dir, *args, **kwargs)
 
+    PeftModel.save_pretrained = save_pretrained
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files

@@ -67,3 +67,16 @@ def test_an_adapter_is_saved_whatever_happens_to_its_card_and_picture(
         with pytest.warns(UserWarning, match="the model card says nothing of the sparse adapter: .*disk full"):
             model.save_pretrained(tmp_path / "no section")
     assert all((tmp_path / folder / FILE).exists() for folder in ("no picture", "no section"))
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_the_card_is_of_an_adapter_that_is_saved(tmp_path: Path, positional: bool) -> None:
+    model: Any = chosen()
+    model.add_adapter("b", SamConfig(target_modules=["0"], score="random", density=0.5))
+    model.save_pretrained(tmp_path, True, ["b"]) if positional else model.save_pretrained(
+        tmp_path, selected_adapters=["b"]
+    )
+    (k,) = {model.peft_config["b"].selection["k"]} - {model.peft_config["default"].selection["k"]}
+    assert f"{k:,} of" in (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert f"{k:,} of" not in (tmp_path / "README.md").read_text()
