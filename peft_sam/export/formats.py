@@ -206,7 +206,7 @@ def export_adapter(
             lost = FORMATS[format].write(adapter, folder, **options) or {}
         try:
             FORMATS[format].check(adapter, folder, lost)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # a loader's of tensors that have no place
             raise ValueError(
                 f"format {format!r} cannot hold this adapter of {type(adapter.base).__name__}: {error}. Nothing is "
                 f"written. {_others(format, adapter)}"
