@@ -7,14 +7,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from benchmarks.recipe.report import beds, is_loss, result, work
 from benchmarks.rig.lines import Line
 
-# Figure → what its x axis says, its scale, and x of a method's lines.
-FIGURES: dict[str, tuple[str, str, Callable[[list[Line]], float]]] = {
-    "size": ("trained entries", "log", lambda lines: lines[0]["trained"]),
-    "work": ("CPU seconds of choosing and training", "linear", work),
+# Figure → what its x axis says, its scale, x of a method's lines, and whether runs of other numbers of steps are in it.
+FIGURES: dict[str, tuple[str, str, Callable[[list[Line]], float], bool]] = {
+    "size": ("trained entries", "log", lambda lines: lines[0]["trained"], False),
+    "work": ("CPU seconds of choosing and training", "linear", work, True),
 }
 
 
@@ -25,12 +26,13 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     kinds = sorted({entrant.kind for _, runs in found for entrant in runs})
-    for name, (says, scale, x) in FIGURES.items():
+    for name, (says, scale, x, longer) in FIGURES.items():
         with plt.rc_context({"svg.hashsalt": "recipe"}):  # the same lines make the same file
             size = (5.5 * len(found), 4.5)
             figure, axes = plt.subplots(1, len(found), figsize=size, constrained_layout=True, squeeze=False)
             for axis, (common, runs) in zip(axes[0], found, strict=True):
                 families = defaultdict(list)
+                runs = {entrant: of for entrant, of in runs.items() if longer or entrant.other_steps is None}
                 for entrant, of in runs.items():
                     own = list(of.values())
                     height = result(of)
@@ -40,7 +42,13 @@ def draw(lines: Iterable[Line], folder: Path) -> list[Path]:
                     colour = f"C{kinds.index(family)}"  # the same in all panels
                     axis.errorbar(at, heights, errors, fmt="o", capsize=2, label=family, color=colour)
                 told = dict(common)
-                axis.set_xscale(scale)
+                if scale == "log":
+                    every = [x(list(of.values())) for of in runs.values()]
+                    axis.set_xscale("log")
+                    axis.set_xlim(min(every) / 2, max(every) * 2)
+                    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+                    axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_xlabel(says)
                 axis.set_ylabel("test loss" if is_loss(own[0]) else "test metric, per cent")
                 axis.set_title(f"{told['model']}, {told['task']}, {told['steps']} steps", fontsize=10)
