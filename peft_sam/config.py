@@ -14,9 +14,8 @@ from peft.config import PeftConfig
 
 from peft_sam._peft import SAM_SPARSE
 from peft_sam.recorded import FORMAT, LARGEST, check_selection, counts_of, fingerprints_of, shown
-from peft_sam.scores import SCORES
+from peft_sam.scores import BUDGETS, SCORES
 
-BUDGETS = ("global", "tensor")
 # how the curvature is estimated → the statistic of the pass that it is made from
 CURVATURES = {"fisher": "squared_gradient", "hutchinson": "hessian"}
 SHORTHANDS = ("all-linear", "all")

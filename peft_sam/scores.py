@@ -25,6 +25,8 @@ from torch import Tensor
 DATA_INPUTS = ("gradient", "squared_gradient", "curvature", "movement")
 # What is made from a parameter's name and shape and the seed.
 MADE_INPUTS = ("noise", "is_bias")
+# How many entries are selected: a share of all candidates together, or of each.
+BUDGETS = ("global", "tensor")
 
 
 def sam(gradient: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from peft_sam.choosing.processes import Processes
 from peft_sam.choosing.shards import is_sharded, local, sharing, start_of
 from peft_sam.choosing.share import Share, reach
 from peft_sam.choosing.threshold import NEVER, bits_of, budget_of, largest
-from peft_sam.scores import MADE_INPUTS, SCORES
+from peft_sam.scores import BUDGETS, MADE_INPUTS, SCORES
 from peft_sam.selection import Selection
 
 # Entries whose scores exist at a time; also fixes how the noise of a seeded score is drawn.
@@ -46,8 +46,10 @@ def choose(
         exclude: parameter name → flat positions that are left alone.
 
     Raises:
-        ValueError: if k is 0, or if a candidate that the score reads has no storage (meta device).
+        ValueError: if there is no such score, budget or density, a statistic is missing, k is 0, or a candidate that
+            the score reads has no storage (meta device).
     """
+    _check(score, density, budget, parameters, statistics or {})
     statistics, exclude = statistics or {}, exclude or {}
     over = sharing(parameters) if SCORES[score].reads_tensors else None
     scores, share = {}, Share()
@@ -78,6 +80,22 @@ def choose(
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     lowest, left = min(thresholds), number_of(exclude, shapes)
     return Selection(indices, shapes, score, budget, density, lowest, share=share.share(over), excluded=left)
+
+
+def _check(
+    score: str, density: float, budget: str, names: Iterable[str], statistics: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {sorted(SCORES)}; got {score!r}.")
+    if budget not in BUDGETS:
+        raise ValueError(f"budget must be one of {list(BUDGETS)}; got {budget!r}.")
+    if not 0 < density <= 1:
+        raise ValueError(f"density is the share of entries to select, 0 < density <= 1; got {density!r}.")
+    for kind in SCORES[score].statistics:
+        if lacking := [name for name in names if name not in statistics.get(kind, ())]:
+            raise ValueError(
+                f"score {score!r} needs the statistic {kind!r} of {lacking[0]!r}: pass it in `statistics`."
+            )
 
 
 def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:

@@ -326,3 +326,19 @@ def test_a_truncated_foreign_or_missing_selection_file_is_refused(tmp_path: Path
         Selection.load(path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Selection.load(tmp_path / "nowhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"score": "sum"}, "score must be one of"),
+        ({"budget": "layer"}, r"budget must be one of \['global', 'tensor'\]; got 'layer'"),
+        ({"density": 2}, "0 < density <= 1; got 2"),
+        ({"density": float("nan")}, "0 < density <= 1; got nan"),
+        ({"score": "sam"}, "score 'sam' needs the statistic 'gradient' of 'a.weight'"),
+        ({"score": "sam", "statistics": {"gradient": {"a.weight": torch.ones(4, 5)}}}, "of 'a.bias'"),
+    ],
+)
+def test_what_cannot_be_chosen_by_is_an_error_that_says_what_was_expected(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(parameters(), **{"score": "random", **wrong})
