@@ -129,9 +129,13 @@ class Adapter:
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained and saved densely (`modules_to_save`)."""
-        wrappers = [module for module in self.base.modules() if isinstance(module, ModulesToSaveWrapper)]
-        heads = [head_of(wrapper, self.name) for wrapper in wrappers if self.name in wrapper.modules_to_save]
+        heads = [head_of(wrapper, self.name) for wrapper in self._head_wrappers().values()]
         return [parameter for head in heads for parameter in head.parameters()]
+
+    def _head_wrappers(self) -> dict[str, ModulesToSaveWrapper]:
+        every = self.base.named_modules()
+        found = {name: module for name, module in every if isinstance(module, ModulesToSaveWrapper)}
+        return {name: wrapper for name, wrapper in found.items() if self.name in wrapper.modules_to_save}
 
     def named_heads(self) -> list[tuple[str, nn.Parameter]]:
         """The same by name in the base model."""
@@ -174,9 +178,7 @@ class Adapter:
     def refuse_untied_heads(self) -> None:
         """Raise a ValueError, for new weights go into a base, if a head is a copy of a weight that is tied there."""
         places = Counter(id(parameter) for _, parameter in self.base.named_parameters(remove_duplicate=False))
-        for name, wrapper in self.base.named_modules():
-            if not isinstance(wrapper, ModulesToSaveWrapper) or self.name not in wrapper.modules_to_save:
-                continue
+        for name, wrapper in self._head_wrappers().items():
             if any(places[id(parameter)] > 1 for parameter in wrapper.original_module.parameters()):
                 raise ValueError(
                     f"new weights are for a base in which {base_name(name)!r} is tied, and adapter {self.name!r} has "

@@ -72,7 +72,7 @@ def check_merge(
                     raise ValueError(
                         f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
                     )
-                if len(adapters) > 1:
+                if len(adapters) > 1:  # the next adds to it
                     after[name] = composed_with(weight, of)
 
 
