@@ -20,13 +20,15 @@ from peft_sam.layers.found import deltas_of, has_support, pairs_of, sam_layers
 from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
 from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.tuner.adapting import adapt, adapt_parameters, replace
 from peft_sam.tuner.arithmetic import Combined, changing, check_combination, check_pairs, combine_heads
 from peft_sam.tuner.embeddings import check_ties
 from peft_sam.tuner.filling import fill
-from peft_sam.tuner.injection import adapt, adapt_parameters, inject, replace, unshare, withdraw
+from peft_sam.tuner.injection import inject, withdraw
 from peft_sam.tuner.moved import warn_of_moved
 from peft_sam.tuner.states import leave_states
 from peft_sam.tuner.targets import is_target, resolve_targets
+from peft_sam.tuner.ties import unshare
 
 
 class SamModel(BaseTuner):
