@@ -25,6 +25,8 @@ from peft_sam.sparse.support import check_support
 
 KEY = re.compile(r"^(?P<module>.*)\.sam_sparse_delta\.(?P<parameter>[^.]+)\.(?P<part>indices|support|values)\Z")
 PAIR = re.compile(r"^(?P<module>.*)\.sam_sparse_low_rank\.(?P<part>lora_[AB])\Z")
+# dtypes that numbers of adapters can have in files
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # what the model's state dict has before an adapter's name
 KINDS = ("sam_sparse_delta", "sam_sparse_low_rank")
 
@@ -157,7 +159,7 @@ def read_pairs(
     for module in sorted(found.keys() | needed):
         for part in ("lora_A", "lora_B"):
             own, it = mine.get(module, {}).get(part), found.get(module, {}).get(part)
-            if own is None or it is None or it.shape != own.shape or not it.is_floating_point():
+            if own is None or it is None or it.shape != own.shape or it.dtype not in FLOATS:
                 there = "nothing" if it is None else f"shape {tuple(it.shape)} and {it.dtype}"
                 here = "no low-rank pair there" if own is None else f"{part} of shape {tuple(own.shape)}"
                 raise ValueError(
@@ -200,6 +202,8 @@ def check_others(state: Mapping[str, Tensor], model: nn.Module, adapter_name: st
                 f"the adapter file has a tensor {key!r}, which is a parameter of the base model or of another adapter: "
                 "the file is damaged, or meant to change what is not its own."
             )
+        if tensor.is_floating_point() != own[key].is_floating_point():
+            raise ValueError(f"the adapter file has {key!r} as {tensor.dtype}; the model has {own[key].dtype} there.")
         if shapes and tensor.shape != own[key].shape:
             raise ValueError(
                 f"the adapter file has {key!r} with shape {tuple(tensor.shape)}; the model has {tuple(own[key].shape)} "
@@ -215,10 +219,10 @@ def _check_delta(name: str, parts: Mapping[str, Tensor], parameter: Tensor) -> t
             "format 1) and values: the file is damaged."
         )
     values, numel = parts["values"], parameter.numel()
-    if not values.is_floating_point() or values.ndim != 1 or not len(values):
+    if values.dtype not in FLOATS or values.ndim != 1 or not len(values):
         raise ValueError(
             f"the adapter file gives {name!r} values of shape {tuple(values.shape)} and {values.dtype}; expected "
-            "floating-point numbers, 1-D, at least one."
+            "floating-point numbers of 16, 32 or 64 bits, 1-D, at least one."
         )
     try:
         indices = decode(parts["support"], len(values), numel, name) if "support" in parts else parts["indices"]

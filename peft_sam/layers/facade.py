@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from peft_sam.layers.substitute import stand_in
 
@@ -95,7 +96,8 @@ def _declared(kind: type) -> frozenset[str]:
 
 
 def read_to_compute(name: str) -> bool:
-    """Whether a parameter is read, just now, to compute with it: a module is being run, by a call or by its `forward`.
+    """Whether a parameter is read, just now, to compute with it: a module is being run, by a call or by its `forward`,
+    or a checkpoint computes again what was run.
 
     A function that only asks for its dtype or shape, as T5's feed-forward layers do, does not.
     """
@@ -108,7 +110,9 @@ def read_to_compute(name: str) -> bool:
         return False
     while frame is not None:
         code = frame.f_code
-        if code is _CALL or (code.co_name == "forward" and code.co_varnames[:1] == ("self",)):
+        if code is _CALL or code.co_filename == checkpoint.__file__:
+            return True
+        if code.co_name == "forward" and code.co_varnames[:1] == ("self",):
             return True
         frame = frame.f_back
     return False

@@ -46,6 +46,13 @@ def base_modules(model: nn.Module, parts: bool = False) -> Iterator[tuple[str, n
     return below(model, "")
 
 
+def layer_in(module: nn.Module) -> SamLayer | None:
+    """The sparse layer that a module is, or that another tuner has wrapped."""
+    while isinstance(module, BaseTunerLayer) and not isinstance(module, SamLayer):
+        module = module.base_layer
+    return module if isinstance(module, SamLayer) else None
+
+
 def put_in_place_of(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module in all the places that another has in a network."""
     for parent in list(model.modules()):

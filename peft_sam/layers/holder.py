@@ -77,6 +77,10 @@ class Holder(Facade, BaseTunerLayer):
         """The parameters that deltas can change, by name relative to the innermost base layer."""
         return own_parameters(self.get_base_layer())
 
+    def is_reached(self) -> bool:
+        """Whether an adapter targets this layer, or one that it follows."""
+        return any(len(layer.sam_sparse_delta) for layer in self._around())
+
     def is_shared(self, name: str) -> bool:
         """Whether other layers own parameter `name`, too."""
         return name in self._tied or any((self, name) in layer._tied.values() for layer in self._followers)
@@ -103,6 +107,15 @@ class Holder(Facade, BaseTunerLayer):
         scaled: Any = found if scale is None else {name: ScaledDelta(delta, scale) for name, delta in found.items()}
         return scaled
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's. The layers that this one follows are first: the next active one is chosen among theirs, too."""
+        for owner, _ in self._tied.values():
+            owner.delete_adapter(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted({name for layer in self._around() for name in layer.sam_sparse_delta})
+
     # The scale of an adapter, under the names by which PEFT and diffusers' `set_adapters(names, weights)` set LoRA's.
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -125,15 +138,23 @@ class Holder(Facade, BaseTunerLayer):
         return self.sam_sparse_delta[adapter_name]  # type: ignore[return-value]
 
     def set_support(
-        self, adapter_name: str, supports: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None
+        self,
+        adapter_name: str,
+        supports: Mapping[str, Tensor],
+        values: Mapping[str, Tensor] | None = None,
+        trainable: bool | None = None,
     ) -> None:
         """Give the adapter its support, flat positions per parameter name; parameters not named lose their delta.
 
         Values start at zero, or from `values`. Parameters whose support has the size it had keep their tensors, so
         that an optimizer that holds them goes on.
+
+        Args:
+            trainable: whether parameters that had no delta are trained; None if the adapter is active.
         """
         old, own, deltas = self.deltas(adapter_name), self.parameters_below(), {}
-        trainable = adapter_name in self.active_adapters and not self._disable_adapters
+        if trainable is None:
+            trainable = adapter_name in self.active_adapters and not self._disable_adapters
         for name, indices in supports.items():
             check_support(indices, own[name].numel(), name)
             deltas[name] = delta_for(own[name], indices, old.get(name), trainable)

@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from peft_sam._peft import AuxiliaryTrainingWrapper
 
 # The name, in `adapter_names`, of the model without any adapter (PEFT's).
 BASE = "__base__"
@@ -48,7 +49,7 @@ def check_samples(names: Sequence[str], known: Iterable[str], training: bool) ->
 
 @contextmanager
 def adapters_by_sample(layers: Mapping[str, Any], call: Samples) -> Iterator[None]:
-    """Give each sample of a batch its adapter, in the sparse layers and in the heads of modules_to_save.
+    """Give each sample of a batch its adapter, in the sparse layers, in heads of modules_to_save and in trained rows.
 
     Raises:
         ValueError: if adapters are merged.
@@ -62,7 +63,7 @@ def adapters_by_sample(layers: Mapping[str, Any], call: Samples) -> Iterator[Non
         return args, {**kwargs, "adapter_names": call.names_of_rows()}
 
     model = call.model
-    heads = [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [head.register_forward_pre_hook(named, with_kwargs=True) for head in heads]
     handles.append(model.register_forward_pre_hook(call.begin, with_kwargs=True))
     handles.append(model.register_forward_hook(call.end, always_call=True))
@@ -94,16 +95,17 @@ class Samples:
         self.model, self.names = model, names
         self.rows, self.lengths = len(names), set[int]()
         self._know(args, kwargs)
+        if self.rows != len(names):
+            raise self._other_length()
         # layer → whether the first dimension of what it is called with grows with the batch, for each of its calls
         self._grows: dict[str, list[bool]] | None = None
         self._trial: dict[str, list[int]] | None = None
         self._inside = False
 
     def names_of_rows(self) -> list[str]:
-        """The names as heads take them; in a trial, of a row less."""
-        if self._trial is None:
-            return list(self.names)
-        return [self.names[row * len(self.names) // self.rows] for row in range(self.rows - 1)]
+        """The names as heads take them, one for each row; in a trial, of a row less."""
+        rows = self.rows if self._trial is None else self.rows - 1
+        return [self.names[row * len(self.names) // self.rows] for row in range(rows)]
 
     def begin(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         """Look at what the model, or its encoder alone, is called with.
@@ -149,11 +151,14 @@ class Samples:
             return
         self.rows = len(given[0])
         if self.rows % len(self.names) or not self.rows:
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(self.names)} and {self.rows} respectively."
-            )
+            raise self._other_length()
         self.lengths = {t.shape[1] for name, t in tensors.items() if name in SEQUENCES and t.ndim > 1}
+
+    def _other_length(self) -> ValueError:
+        return ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(self.names)} and {self.rows} respectively."
+        )
 
     def forward(self, path: str, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """What a sparse layer gives: to each sample what its adapter does.

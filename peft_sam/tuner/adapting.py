@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peft_sam._peft import BaseTunerLayer
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import base_modules, base_name, layers_with
+from peft_sam.layers.found import base_modules, base_name, layer_in, layers_with
 from peft_sam.layers.linear import SamLinear
 from peft_sam.layers.make import make_layer
 from peft_sam.layers.owned import own_parameters, read_not_called
@@ -49,7 +49,7 @@ def adapt(
         parent = tuner.model.get_submodule(above)
     key = base_name(path)
     reached = _reached({f"{key}.{name}": parameter for name, parameter in own.items()}, config.counts)
-    layer = target if isinstance(target, SamLayer) else wrap(tuner, target, target_name, parent)
+    layer = layer_in(target) or wrap(tuner, target, target_name, parent)
     layer.update_layer(
         adapter_name,
         [name.removeprefix(f"{key}.") for name in reached],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,11 +13,14 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peft_sam._peft import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
+from peft_sam.layers.found import sam_layers
 from peft_sam.layers.low_rank import LowRank
 from peft_sam.layers.owned import head_of
 from peft_sam.selection import Selection
-from peft_sam.sparse.delta import SparseDelta
+from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.tuner.injection import withdraw
 
 # combination → of values (one tensor per adapter), weights, density, and how the majority sign is found
 COMBINATIONS: dict[str, Callable[[list[Tensor], Tensor, float | None, str], Tensor]] = {
@@ -140,6 +144,45 @@ def _pairs(layers: Mapping[str, SamLayer], adapters: Iterable[str]) -> dict[str,
     }
 
 
+def add_combined(
+    tuner: Any, adapters: Sequence[str], adapter_name: str, combination: str, *, density: float | None, **others: Any
+) -> None:
+    """What `SamModel.add_weighted_adapter` does; the model is as before if that fails."""
+    how = {"density": density, **others}
+    check_combination(len(adapters), how["weights"], combination, density)
+    if adapter_name in tuner.peft_config:
+        raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
+    for name in adapters:
+        if not tuner.sparse_deltas(name) and tuner.peft_config[name].selection is not None:
+            raise PendingAdapterError(name, "combined")
+        if tuner.peft_config[name].trainable_token_indices:
+            raise ValueError(f"adapter {name!r} has trainable_token_indices, which cannot be combined.")
+    layers = sam_layers(tuner.model)
+    check_pairs(layers, adapters, combination)
+    none = not changing(layers, adapters, "combined")
+    combined = Combined(layers, adapters, combination, **how)
+    config = copy.copy(tuner.peft_config[adapters[0]])
+    if not none:
+        config.target_modules = list(dict.fromkeys([*combined.parts, *sorted(combined.paired)]))
+        config.target_parameters = config.exclude_modules = None
+        config.layers_to_transform = config.layers_pattern = None
+        config.record(combined.summary(), {})
+    config.r, config.lora_alpha, config.lora_dropout = combined.r, combined.r and float(combined.r), 0.0
+    heads = {head for name in adapters for head in tuner.peft_config[name].modules_to_save or ()}
+    config.modules_to_save = sorted(heads) or None
+    tuner.peft_config[adapter_name] = config
+    tuner.inject_adapter(tuner.model, adapter_name)
+    try:
+        combined.put(adapter_name)
+        combine_heads(tuner.model, adapters, adapter_name, combination, **how)
+        if not none:
+            kept = fingerprints(sam_layers(tuner.model), adapter_name)
+            tuner.peft_config[adapter_name].record(combined.summary(), kept)
+    except BaseException:
+        withdraw(tuner, adapter_name)
+        raise
+
+
 class Combined:
     """A combination of adapters of a model, layer by layer; `how` is that of `combine`.
 
@@ -154,7 +197,7 @@ class Combined:
     def __init__(self, layers: Mapping[str, SamLayer], adapters: Sequence[str], combination: str, **how: Any) -> None:
         self.layers, self.combination = layers, combination
         self.weights = how["weights"]
-        pairs = _pairs(layers, adapters)
+        self.adapters, pairs = adapters, _pairs(layers, adapters)
         self.pairs = [pairs[name] for name in adapters]
         ranks = [next((pair.r for pair in of.values()), 0) for of in self.pairs]
         self.r = sum(ranks) or None
@@ -162,7 +205,7 @@ class Combined:
         self.paired: set[str] = set().union(*self.pairs)
         self.parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for module, layer in layers.items():
-            every = [{n: d for n, d in layer.deltas(name).items() if not d.pending} for name in adapters]
+            every = [{n: d for n, d in layer.in_force(name).items() if not d.pending} for name in adapters]
             names = dict.fromkeys(itertools.chain(*every))
             if names:
                 self.parts[module] = {
@@ -190,8 +233,9 @@ class Combined:
     @torch.no_grad()
     def _put_pair(self, module: str, new: LowRank) -> None:
         new.lora_B.zero_()
-        for pairs, weight, start in zip(self.pairs, self.weights, self.starts, strict=True):
+        scaling = self.layers[module].scaling
+        for name, pairs, weight, start in zip(self.adapters, self.pairs, self.weights, self.starts, strict=True):
             if (pair := pairs.get(module)) is not None:
                 rows = slice(start, start + pair.r)
                 new.lora_A[rows] = pair.lora_A
-                new.lora_B[:, rows] = pair.lora_B * (weight * pair.scaling / new.scaling)
+                new.lora_B[:, rows] = pair.lora_B * (weight * scaling.get(name, 1.0) * pair.scaling / new.scaling)

@@ -11,7 +11,7 @@ from peft_sam.config import SamConfig
 from peft_sam.files.checkpoint import check_others, counts_in, is_own, read_file, read_pairs
 from peft_sam.files.embeddings import Brought
 from peft_sam.files.fingerprint import check_base
-from peft_sam.layers.found import has_support, layers_with, sam_layers
+from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layers
 from peft_sam.layers.linear import SamLinear
 from peft_sam.tuner.candidates import record_counts
 
@@ -37,12 +37,15 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
         kept = {name: text for name, text in config.fingerprints.items() if name not in embeddings.names}
         check_base(sam_layers(model), kept, config.strict_base)
     embeddings.put()
+    values = [delta.values for delta in deltas_of(model, adapter_name).values()]
+    trainable = any(of.requires_grad for of in values) if replaces else None
     for name, layer in layers.items():
         parts = found.get(name, {})
         layer.set_support(
             adapter_name,
             {key: indices for key, (indices, _) in parts.items()},
             {key: values for key, (_, values) in parts.items()},
+            trainable,
         )
         if isinstance(layer, SamLinear) and layer.pair(adapter_name) is not None:
             layer.set_pair(adapter_name, pairs.get(name))

@@ -80,11 +80,12 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
 
 
 def register_swap() -> None:
-    """Have PEFT's hot swapping take sparse adapters: their configs hold nothing that their files do not.
+    """Have PEFT's hot swapping take sparse adapters, whose configs hold nothing that their files do not but for the
+    places of trained rows.
 
     What `hotswap_adapter` calls is replaced, not the function, which may have been imported before this package.
     """
-    hotswap.CONFIG_KEYS_TO_CHECK[SAM_SPARSE] = []
+    hotswap.CONFIG_KEYS_TO_CHECK[SAM_SPARSE] = ["trainable_token_indices"]
 
     @functools.wraps(_load_peft_weights)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:

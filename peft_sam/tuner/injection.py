@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_sam._peft import file_follows
 from peft_sam.config import SamConfig
 from peft_sam.files.fingerprint import check_base
-from peft_sam.layers.found import deltas_of, has_support, layers_with, pairs_of, sam_layers
+from peft_sam.layers.found import deltas_of, has_support, layer_in, layers_with, pairs_of, sam_layers
 from peft_sam.selection import Selection
 from peft_sam.tuner.adapting import adapt_inside_layers
 from peft_sam.tuner.candidates import (
@@ -28,7 +28,7 @@ from peft_sam.tuner.candidates import (
 )
 from peft_sam.tuner.moved import remember_buffers
 from peft_sam.tuner.states import take_states
-from peft_sam.tuner.ties import drop_shared_pairs, loosen, share, tie
+from peft_sam.tuner.ties import drop_shared_pairs, loosen, share, take_off, tie
 
 
 def inject(
@@ -57,7 +57,9 @@ def inject(
     if renamed is not None:
         config.rename(renamed)
     tuner._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    tuner._layers_before = {id(layer) for layer in sam_layers(model).values()}
     try:
+        _check_heads(model, adapter_name, config)
         if state_dict is not None:
             target_as(state_dict, config, model)
         loosen(model, config.modules_to_save or ())
@@ -85,6 +87,9 @@ def withdraw(tuner: Any, adapter_name: str) -> None:
     """Take out an adapter whose injection or loading failed; the model is as it was before."""
     if len(tuner.peft_config) > 1:
         tuner.delete_adapter(adapter_name)
+        for layer in sam_layers(tuner.model).values():
+            if id(layer) not in tuner._layers_before and not layer.is_reached():
+                take_off(tuner.model, layer)
     else:
         for name, module in list(tuner.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):
@@ -93,6 +98,21 @@ def withdraw(tuner: Any, adapter_name: str) -> None:
         tuner.unload()
     for parameter in tuner.model.parameters():
         parameter.requires_grad_(id(parameter) in tuner._trainable_before)
+
+
+def _check_heads(model: nn.Module, adapter_name: str, config: SamConfig) -> None:
+    """Whether the modules that an adapter trains densely, as one before it does, have no sparse changes since.
+
+    PEFT would copy these with the module.
+    """
+    dense = tuple(config.modules_to_save or ())
+    for name, module in model.named_modules():
+        wanted = isinstance(module, ModulesToSaveWrapper) and name.endswith(dense)
+        if wanted and layer_in(module.original_module) is not None:
+            raise ValueError(
+                f"adapter {adapter_name!r} has {name!r} in modules_to_save, and another adapter targets it: add those "
+                "that train a module densely before those that target it, or take it out of one of them."
+            )
 
 
 def _complete(tuner: Any, model: nn.Module, adapter_name: str, config: SamConfig) -> None:

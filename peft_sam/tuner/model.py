@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,14 +13,13 @@ from peft_sam._peft import BaseTuner, BaseTunerLayer
 from peft_sam.config import SamConfig
 from peft_sam.files.checkpoint import split, to_file
 from peft_sam.files.embeddings import embeddings_to_save
-from peft_sam.files.fingerprint import fingerprints
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import deltas_of, has_support, pairs_of, sam_layers
 from peft_sam.layers.mixed import Samples, adapters_by_sample, check_samples
 from peft_sam.selection import Selection
-from peft_sam.sparse.delta import PendingAdapterError, SparseDelta
+from peft_sam.sparse.delta import SparseDelta
 from peft_sam.tuner.adapting import adapt, adapt_parameters, replace
-from peft_sam.tuner.arithmetic import Combined, changing, check_combination, check_pairs, combine_heads
+from peft_sam.tuner.arithmetic import add_combined, changing
 from peft_sam.tuner.embeddings import check_ties
 from peft_sam.tuner.filling import fill
 from peft_sam.tuner.injection import inject, withdraw
@@ -112,7 +110,8 @@ class SamModel(BaseTuner):
         """Add an adapter that combines others: a sparse one again, on the union of their supports.
 
         "linear" is Σ weight · Δ, so negative weights subtract; "ties", "dare_linear", "dare_ties" and
-        "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter.
+        "magnitude_prune" are those of PEFT, with their `density` and majority signs over the union in a parameter. Each
+        Δ has the scale that it is set to (`set_scale`).
         Heads (`modules_to_save`) are combined by what each changed, and low-rank pairs, for "linear" alone, into one of
         the sum of their ranks. The new adapter is not active.
 
@@ -124,33 +123,8 @@ class SamModel(BaseTuner):
             ValueError: if an adapter does not exist, the new name is taken, the combination is not known, or an adapter
                 trains rows of embeddings (`trainable_token_indices`).
         """
-        check_combination(len(adapters), weights, combination_type, density)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
-        for name in adapters:
-            if not self.sparse_deltas(name) and self.peft_config[name].selection is not None:
-                raise PendingAdapterError(name, "combined")
-            if self.peft_config[name].trainable_token_indices:
-                raise ValueError(f"adapter {name!r} has trainable_token_indices, which cannot be combined.")
-        check_pairs(sam_layers(self.model), adapters, combination_type)
-        none = not changing(sam_layers(self.model), adapters, "combined")
         how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
-        combined = Combined(sam_layers(self.model), adapters, combination_type, **how)
-        config = copy.copy(self.peft_config[adapters[0]])
-        if not none:
-            config.target_modules = list(dict.fromkeys([*combined.parts, *sorted(combined.paired)]))
-            config.target_parameters = config.exclude_modules = config.layers_to_transform = None
-            config.record(combined.summary(), {})
-        config.r, config.lora_alpha, config.lora_dropout = combined.r, combined.r and float(combined.r), 0.0
-        heads = {head for name in adapters for head in self.peft_config[name].modules_to_save or ()}
-        config.modules_to_save = sorted(heads) or None
-        self.peft_config[adapter_name] = config
-        self.inject_adapter(self.model, adapter_name)
-        combined.put(adapter_name)
-        combine_heads(self.model, adapters, adapter_name, combination_type, **how)
-        if not none:
-            kept = fingerprints(sam_layers(self.model), adapter_name)
-            self.peft_config[adapter_name].record(combined.summary(), kept)
+        add_combined(self, adapters, adapter_name, combination_type, **how)
 
     # Merging
 

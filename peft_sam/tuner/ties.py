@@ -13,7 +13,7 @@ from torch import nn
 
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import SamLayer
-from peft_sam.layers.found import base_modules, base_name, pairs_of, put_in_place_of, sam_layers
+from peft_sam.layers.found import base_modules, base_name, layer_in, pairs_of, put_in_place_of, sam_layers
 from peft_sam.layers.owned import stored_parameters
 from peft_sam.tuner.adapting import wrap
 
@@ -47,9 +47,16 @@ def loosen(model: nn.Module, names: Collection[str]) -> None:
     for path, layer in list(sam_layers(model).items()):
         follows = layer._tied and not any(layer.deltas(adapter_name) for adapter_name in layer.sam_sparse_delta)
         if follows and any(path == name or path.endswith(f".{name}") for name in names):
-            for owner, _ in layer._tied.values():
-                owner._followers.remove(layer)
-            put_in_place_of(model, layer, layer.base_layer)
+            take_off(model, layer)
+
+
+def take_off(model: nn.Module, layer: SamLayer) -> None:
+    """Put its module back in the place of a layer that no adapter reaches."""
+    for owner, _ in layer._tied.values():
+        owner._followers.remove(layer)
+    for follower in layer._followers:
+        follower._tied = {name: place for name, place in follower._tied.items() if place[0] is not layer}
+    put_in_place_of(model, layer, layer.base_layer)
 
 
 def tie(tuner: Any, model: nn.Module) -> None:
@@ -57,8 +64,8 @@ def tie(tuner: Any, model: nn.Module) -> None:
 
     def layer_at(name: str) -> SamLayer:
         module = model.get_submodule(name)
-        if isinstance(module, SamLayer):
-            return module
+        if (found := layer_in(module)) is not None:
+            return found
         path, _, child = name.rpartition(".")
         layer = wrap(tuner, module, child, model.get_submodule(path), targeted=False)
         layer.set_adapter(tuner.active_adapters)
@@ -80,8 +87,8 @@ def _tie_one(
     """
 
     def has_delta(place: Place) -> bool:
-        layer = model.get_submodule(place.module)
-        return isinstance(layer, SamLayer) and place.parameter in layer.deltas(adapter_name)
+        layer = layer_in(model.get_submodule(place.module))
+        return layer is not None and place.parameter in layer.deltas(adapter_name)
 
     for first, *others in shared_parameters(model):
         targeted = [place for place in (first, *others) if has_delta(place)]

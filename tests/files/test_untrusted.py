@@ -126,6 +126,11 @@ def damage_coded(state: dict[str, Tensor], how: str) -> None:
             state[support] = state[support].int()
         case "a code as a matrix":
             state[support] = state[support].unsqueeze(0)
+        case "values of eight bits":
+            state[values] = state[values].to(torch.float8_e4m3fn)
+        case "a head of integers":
+            head = next(key for key in state if "sam_sparse_" not in key)
+            state[head] = state[head].long()
         case "values as a number":
             state[values] = state[values][0].clone()
         case "values as a matrix":
@@ -149,6 +154,8 @@ CODED_DAMAGES = [
     "a code all ones",
     "a code as integers",
     "a code as a matrix",
+    "values of eight bits",
+    "a head of integers",
     "values as a number",
     "values as a matrix",
     "no code",

@@ -58,9 +58,13 @@ def test_each_sample_gets_what_its_adapter_gives_it_alone(options: dict[str, Any
     assert len({tuple(row.tolist()) for row in expected}) > 1
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
+@pytest.mark.parametrize("heads", [None, ["lm_head"]])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_that_of_each_sample_alone(beams: int) -> None:
-    model = adapted(gpt2(), task_type="CAUSAL_LM", target_modules="all-linear")
+def test_generation_is_that_of_each_sample_alone(beams: int, heads: list[str] | None) -> None:
+    model = adapted(gpt2(), task_type="CAUSAL_LM", target_modules="all-linear", modules_to_save=heads)
+    for head in getattr(model.get_base_model().lm_head, "modules_to_save", {}).values():
+        nn.init.normal_(head.weight)
     ids = torch.randint(1, VOCABULARY, (3, 4))
     names = ["second", "first", "second"]
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0}
@@ -72,6 +76,17 @@ def test_generation_is_that_of_each_sample_alone(beams: int) -> None:
     assert torch.equal(found, torch.stack(expected))
 
 
+@torch.no_grad()
+def test_trained_rows_of_embeddings_follow_the_names() -> None:
+    model = adapted(bert(), trainable_token_indices={"word_embeddings": [1, 2, 3]})
+    rows = model.get_base_model().bert.embeddings.word_embeddings.token_adapter.trainable_tokens_delta
+    for values in rows.values():
+        nn.init.normal_(values)
+    ids = torch.arange(1, 6).repeat(5, 1)
+    expected = sample_by_sample(model, ids, NAMES)
+    torch.testing.assert_close(model(input_ids=ids, adapter_names=NAMES).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("names", "before", "message"),
     [
@@ -79,6 +94,7 @@ def test_generation_is_that_of_each_sample_alone(beams: int) -> None:
         (["first", "first"], lambda m: m.train(), "call model.eval"),
         (["first", "first"], lambda m: m.merge_adapter(["second"]), "please call `unmerge_adapter` first"),
         (["first"] * 3, lambda m: None, "got 3 and 2 respectively"),
+        (["first"], lambda m: None, "got 1 and 2 respectively"),
     ],
 )
 def test_names_that_do_not_fit_are_refused_and_leave_nothing_behind(names: Any, before: Any, message: str) -> None:

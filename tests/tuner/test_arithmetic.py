@@ -13,6 +13,8 @@ from peft.utils.merge_utils import magnitude_prune, ties
 from torch import Tensor, nn
 
 from peft_sam import SamConfig, select_parameters
+from peft_sam.layers.found import sam_layers
+from peft_sam.tuner import arithmetic
 from tests.shared.cases import bert
 
 BASE = bert()
@@ -82,6 +84,61 @@ def test_an_adapter_scaled_by_one_half_changes_each_entry_half_as_much() -> None
         assert torch.equal(dense(model, "scaled")[name], delta / 2)
     model.add_weighted_adapter(["scaled"], [2], "again")
     assert torch.equal(logits(model, "again"), logits(model, "first"))
+
+
+@pytest.mark.parametrize("r", [None, 2])
+def test_a_sum_has_each_adapter_at_its_scale(r: int | None) -> None:
+    options: dict[str, Any] = {"score": "random", "density": 0.1, "init_weights": False, "r": r}
+    model = get_peft_model(copy.deepcopy(BASE), SamConfig(**options), adapter_name="first").eval()
+    model.add_adapter("second", SamConfig(seed=1, **options))
+    for layer in sam_layers(model).values():
+        layer.set_scale("first", 0.5)
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    model.base_model.set_adapter(["first", "second"])
+    expected = model(**batch).logits
+    model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "third")
+    model.set_adapter("third")
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+def test_a_sum_of_adapters_of_some_layers_is_saved_and_loaded(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"score": "random", "density": 0.1, "init_weights": False, "target_modules": ["query"]}
+    some = SamConfig(layers_to_transform=[0], layers_pattern="layer", **options)
+    model = get_peft_model(copy.deepcopy(BASE), some, adapter_name="first").eval()
+    model.add_weighted_adapter(["first"], [2.0], "third")
+    model.set_adapter("third")
+    model.save_pretrained(tmp_path)
+    batch = {"input_ids": torch.arange(12).view(2, 6)}
+    loaded = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "third")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_head_that_one_trains_densely_and_another_targets_is_not_combined() -> None:
+    dense_too: dict[str, Any] = {"modules_to_save": ["classifier"], "score": "random", "density": 0.1}
+    model = get_peft_model(copy.deepcopy(BASE), SamConfig(**dense_too), adapter_name="first")
+    options: dict[str, Any] = {"score": "random", "density": 0.1, "init_weights": False}
+    model.add_adapter("second", SamConfig(target_modules=["classifier"], **options))
+    keys = model.state_dict().keys()
+    message = "has 'classifier' in modules_to_save, and another adapter targets it"
+    with pytest.raises(ValueError, match=message):
+        model.base_model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "third")
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("third", SamConfig(**dense_too))
+    assert model.state_dict().keys() == keys
+    assert set(model.peft_config) == {"first", "second"}
+
+
+def test_a_sum_that_fails_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no memory")
+
+    model = two_adapters()
+    keys = model.state_dict().keys()
+    monkeypatch.setattr(arithmetic, "combine_heads", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.add_weighted_adapter(["first", "second"], [1.0, 1.0], "third")
+    assert model.state_dict().keys() == keys
+    assert set(model.peft_config) == {"first", "second"}
 
 
 def test_an_adapter_minus_itself_is_the_base_model() -> None:

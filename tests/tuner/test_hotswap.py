@@ -179,6 +179,7 @@ def test_supports_that_transformers_loaded_keep_their_tensors(tmp_path: Path) ->
         ("damaged", ValueError, "is truncated or damaged"),
         ("a pickle of more", ValueError, "a pickle of more than tensors"),
         ("another base", ValueError, "the base model is not the one"),
+        ("other rows", ValueError, "Configs are incompatible: for trainable_token_indices"),
     ],
 )
 def test_what_cannot_be_swapped_is_refused_and_the_model_stays(
@@ -187,6 +188,9 @@ def test_what_cannot_be_swapped_is_refused_and_the_model_stays(
     narrow = ["0", "1", "4"] if wrong == "another target" else "all"
     model, path, options = adapted(target_modules=narrow), tmp_path / "other", {}
     saved(path, seed=1)
+    if wrong == "other rows":
+        model = adapted(target_modules=["2"], trainable_token_indices={"0": [1, 2]})
+        saved(path, target_modules=["2"], trainable_token_indices={"0": [3, 4]})
     tensors = load_file(path / FILE)
     if wrong == "merged":
         model.merge_adapter()
@@ -221,6 +225,15 @@ def test_a_swap_onto_another_base_warns(tmp_path: Path) -> None:
     model = adapted()
     with pytest.warns(OtherBaseWarning, match="the base model is not the one that the adapter was made for"):
         hotswap_adapter(model, tmp_path, adapter_name="default")
+
+
+def test_an_adapter_for_inference_stays_one_when_its_parameters_come_back(tmp_path: Path) -> None:
+    saved(tmp_path / "wide")
+    saved(tmp_path / "narrow", target_modules=["0"])
+    model = PeftModel.from_pretrained(copy.deepcopy(BASE), tmp_path / "wide")
+    for name in ("narrow", "wide"):
+        hotswap_adapter(model, tmp_path / name, adapter_name="default")
+        assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_an_adapter_beside_a_merged_one_can_be_swapped(tmp_path: Path) -> None:

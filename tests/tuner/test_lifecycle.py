@@ -20,6 +20,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import _get_in_out_features
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertModel, DebertaConfig, DebertaModel
 from transformers.pytorch_utils import Conv1D
@@ -352,6 +353,44 @@ def test_a_mixed_model_loads_sparse_adapters_and_takes_out_those_that_do_not_fit
     assert set(mixed.peft_config) == {"default", "again"}
 
 
+def test_a_file_that_is_refused_leaves_no_layer_behind(tmp_path: Path) -> None:
+    base = gpt2().eval()
+    wide = config(task_type="CAUSAL_LM", target_modules=["wte", "c_attn", "c_proj"])
+    saved = get_peft_model(copy.deepcopy(base), wide)
+    saved.save_pretrained(tmp_path, save_embedding_layers=False)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({key: t[:-1].clone() for key, t in load_file(file).items()}, file)
+    model: Any = get_peft_model(copy.deepcopy(base), config(task_type="CAUSAL_LM", target_modules=["c_attn"]))
+    keys, expected = model.state_dict().keys(), logits(model)
+    with pytest.raises(ValueError, match="or the file is damaged"):
+        model.load_adapter(tmp_path, "other")
+    assert model.state_dict().keys() == keys
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("order", [("s1", "low", "s2"), ("s1", "s2", "low"), ("low", "s1", "s2")])
+def test_sparse_adapters_around_and_inside_lora_are_each_one_layer(order: tuple[str, ...], tmp_path: Path) -> None:
+    base = bert().eval()
+    sparse = {"s1": config(seed=1, target_modules=["query"]), "s2": config(seed=2, target_modules=["query", "value"])}
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False, r=2)
+    model: Any = get_peft_model(copy.deepcopy(base), {"low": lora, **sparse}[order[0]], order[0], mixed=True)
+    for name in order[1:]:
+        model.add_adapter(name, {"low": lora, **sparse}[name])
+    for name, of in sparse.items():
+        alone = get_peft_model(copy.deepcopy(base), of)
+        with torch.no_grad():
+            for key, delta in deltas_of(alone, "default").items():
+                here = deltas_of(model, name)[key]
+                assert torch.equal(here.indices, delta.indices)
+                here.values.copy_(delta.values)
+        model.set_adapter(name)
+        torch.testing.assert_close(logits(model), logits(alone))
+    alone.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "again")
+    model.set_adapter("again")
+    torch.testing.assert_close(logits(model), logits(alone))
+
+
 class Stack(nn.Module):
     """Layers under a name of its own, as an older architecture had them."""
 
@@ -448,3 +487,19 @@ def test_a_tied_head_that_is_trained_densely_leaves_the_embedding_its_delta(tmp_
     assert torch.equal(logits(loaded), expected)
     with pytest.warns(UserWarning, match="Input and output embeddings are no longer tied"):
         torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
+
+
+@TIED
+@pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted:UserWarning")  # PEFT
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_when_the_active_adapter_is_deleted_the_next_one_reaches_both_sides_of_a_tie(first: str) -> None:
+    both = {"one": config(task_type="CAUSAL_LM", target_modules=["c_attn"]), "two": config(target_modules=["wte"])}
+    model: Any = get_peft_model(gpt2().eval(), both[first], adapter_name=first)
+    other = "two" if first == "one" else "one"
+    model.add_adapter(other, both[other])
+    model.set_adapter("two")
+    expected = logits(model)
+    model.set_adapter("one")
+    model.delete_adapter("one")
+    assert model.active_adapters == ["two"]
+    assert torch.equal(logits(model), expected)

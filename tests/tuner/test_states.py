@@ -128,6 +128,24 @@ def test_a_part_of_the_state_changes_a_selected_adapter_s_part_and_a_base_s_stat
     select_parameters(fresh, [NETS[0].batch(3)], progress=False)
 
 
+def test_a_part_with_another_support_leaves_the_modules_that_it_does_not_name() -> None:
+    base = bert()
+    model, other = (trained(base, score="random", density=density) for density in (0.05, 0.1))
+    name = next(iter(deltas_of(other, "default")))
+    inside = name.removesuffix(".weight") + ".sam_sparse_delta."
+    part = {key: t for key, t in other.state_dict().items() if inside in key}
+    before = {n: (d.indices.clone(), d.values.clone()) for n, d in deltas_of(model, "default").items()}
+    model.load_state_dict(part, strict=False)
+    after = deltas_of(model, "default")
+    assert after.keys() == before.keys()
+    assert torch.equal(after[name].indices, deltas_of(other, "default")[name].indices)
+    for n, (indices, values) in before.items():
+        if not n.startswith(name.removesuffix("weight")):
+            assert torch.equal(after[n].indices, indices)
+            assert torch.equal(after[n].values, values)
+    assert model.peft_config["default"].counts == {n: len(d.values) for n, d in after.items()}
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
