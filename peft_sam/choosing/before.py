@@ -148,15 +148,26 @@ def others_as_before(loss: Tensor, wanted: Container[int]) -> Iterator[None]:
             leaf.grad = grad
 
 
+def passes_by(loss: Tensor, kind: str) -> bool:
+    """Whether a loss's gradient passes a node of this kind."""
+    return any(type(node).__name__ == kind for node in _nodes(loss))
+
+
 def _leaves(loss: Tensor) -> Iterator[Tensor]:
     """The tensors that a loss's gradient reaches."""
+    for node in _nodes(loss):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable
+
+
+def _nodes(loss: Tensor) -> Iterator[Any]:
+    """What a loss's gradient passes."""
     found: list[Any] = [loss.grad_fn]
     seen = set(found)
     while found:
         node = found.pop()
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            yield variable
+        yield node
         for below, _ in getattr(node, "next_functions", ()):
             if below is not None and below not in seen:
                 seen.add(below)

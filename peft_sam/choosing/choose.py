@@ -49,7 +49,7 @@ def choose(
         ValueError: if there is no such score, budget or density, a statistic is missing, k is 0, or a candidate that
             the score reads has no storage (meta device).
     """
-    _check(score, density, budget, parameters, statistics or {})
+    _check(score, density, budget, parameters, statistics or {}, exclude or {})
     statistics, exclude = statistics or {}, exclude or {}
     over = sharing(parameters) if SCORES[score].reads_tensors else None
     scores, share = {}, Share()
@@ -83,7 +83,12 @@ def choose(
 
 
 def _check(
-    score: str, density: float, budget: str, names: Iterable[str], statistics: Mapping[str, Mapping[str, Tensor]]
+    score: str,
+    density: float,
+    budget: str,
+    parameters: Mapping[str, Tensor],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+    exclude: Mapping[str, Tensor],
 ) -> None:
     if score not in SCORES:
         raise ValueError(f"score must be one of {sorted(SCORES)}; got {score!r}.")
@@ -91,11 +96,19 @@ def _check(
         raise ValueError(f"budget must be one of {list(BUDGETS)}; got {budget!r}.")
     if not 0 < density <= 1:
         raise ValueError(f"density is the share of entries to select, 0 < density <= 1; got {density!r}.")
+    for what, given in (("statistics", statistics), ("exclude", exclude)):
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{what} must be a map with the names of parameters; got {type(given).__name__}.")
     for kind in SCORES[score].statistics:
-        if lacking := [name for name in names if name not in statistics.get(kind, ())]:
-            raise ValueError(
-                f"score {score!r} needs the statistic {kind!r} of {lacking[0]!r}: pass it in `statistics`."
-            )
+        for name, parameter in parameters.items():
+            found = statistics.get(kind, {}).get(name)
+            if found is None:
+                raise ValueError(f"score {score!r} needs the statistic {kind!r} of {name!r}: pass it in `statistics`.")
+            if found.numel() != local(parameter).numel():
+                raise ValueError(
+                    f"the statistic {kind!r} of {name!r} has shape {tuple(found.shape)}, and the parameter "
+                    f"{tuple(local(parameter).shape)}: pass that of the same parameter."
+                )
 
 
 def _together(indices: Mapping[str, Tensor], over: Processes) -> dict[str, Tensor]:

@@ -88,6 +88,8 @@ def train_densely(
         for step, (batch, counts) in zip(range(steps), every, strict=False):
             total, put_back = 0.0, remember_random_states()
             while True:
+                if processes:
+                    processes.at(f"step {step} of {what}")
                 with torch.enable_grad(), processes.together() if processes else nullcontext():
                     current = _checked(loss(batch), what, step)
                 samples = current.samples if counts else 0.0

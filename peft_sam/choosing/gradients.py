@@ -78,12 +78,14 @@ def accumulate(
         total: number of batches, for the progress bar.
 
     Raises:
-        ValueError: if there is no batch, a parameter has no storage (meta device), or no gradient reaches any.
+        ValueError: if a statistic is not known, there is no batch, a parameter has no storage (meta device), or no
+            gradient reaches any.
         FloatingPointError: if a loss or gradient is NaN or infinite; names the batch and the parameter.
         RuntimeError: if another process had such an error; names the process and says the error.
     """
     start = time.perf_counter()
-    sums = Sums(parameters, tuple(statistics), probes, seed, hidden or {}, pieces or {}, in_host_memory)
+    kinds = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+    sums = Sums(parameters, kinds, probes, seed, hidden or {}, pieces or {}, in_host_memory)
     if sums.sharing and processes is None:
         processes = Processes(sums.sharing.device)
     samples, number = 0.0, 0

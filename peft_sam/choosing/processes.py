@@ -117,7 +117,8 @@ class Processes:
         """
         own, last = iter(batches), None
         while True:
-            batch = next(own, None)
+            with self.together():
+                batch = next(own, None)
             lacking = self.objects((batch is not None, last is not None or batch is not None))
             if not any(has for has, _ in lacking):
                 return

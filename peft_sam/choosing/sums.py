@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from peft_sam.choosing.before import others_as_before
+from peft_sam.choosing.before import others_as_before, passes_by
 from peft_sam.choosing.curvature import hessian_products
 from peft_sam.choosing.linear_calls import LinearCall
 from peft_sam.choosing.processes import Processes
@@ -83,6 +83,8 @@ class Sums:
         pieces: Mapping[str, tuple[int, int]],
         in_host_memory: bool,
     ) -> None:
+        if unknown := sorted(set(kinds) - {*ACCUMULATE, "hessian"}):
+            raise ValueError(f"statistics are any of {[*ACCUMULATE, 'hessian']}; got {unknown}.")
         for name, parameter in parameters.items():
             if parameter.is_meta:
                 raise ValueError(f"parameter {name!r} is on the meta device: load the weights before selecting.")
@@ -164,6 +166,11 @@ class Sums:
             self.of_calls[name] = gradient
 
     def _add_hessian(self, loss: Tensor) -> None:
+        if passes_by(loss, "CheckpointFunctionBackward"):
+            raise ValueError(
+                "the loss was computed under reentrant checkpoints, which no second derivative passes: checkpoint with "
+                'use_reentrant=False, or use curvature="fisher".'
+            )
         names, parameters = list(self.parameters), list(self.parameters.values())
         found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         gradients = {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}

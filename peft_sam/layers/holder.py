@@ -81,6 +81,10 @@ class Holder(Facade, BaseTunerLayer):
         """Whether an adapter targets this layer, or one that it follows."""
         return any(len(layer.sam_sparse_delta) for layer in self._around())
 
+    def follows(self, name: str) -> bool:
+        """Whether the delta of parameter `name` is another layer's."""
+        return name in self._tied
+
     def is_shared(self, name: str) -> bool:
         """Whether other layers own parameter `name`, too."""
         return name in self._tied or any((self, name) in layer._tied.values() for layer in self._followers)
@@ -162,6 +166,13 @@ class Holder(Facade, BaseTunerLayer):
                 with torch.no_grad():
                     deltas[name].values.copy_(values[name])
         self.sam_sparse_delta[adapter_name] = Deltas(deltas)
+        self._prepare_all()
+
+    def leave_support(self, adapter_name: str, pending: Mapping[str, SparseDelta]) -> None:
+        """Give the adapter the pending deltas back that it had before `set_support`."""
+        for delta in pending.values():
+            delta.values.data = delta.values.data.new_empty(0)
+        self.sam_sparse_delta[adapter_name] = Deltas(pending)
         self._prepare_all()
 
     def prepare(self) -> None:

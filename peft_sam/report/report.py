@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_sam.layers.found import deltas_of, sam_layers
+from peft_sam.layers.found import deltas_of
 from peft_sam.selection import Selection
+from peft_sam.tuner.targets import shapes_of_candidates
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -169,13 +170,12 @@ def selection_of(model: nn.Module, adapter_name: str) -> Selection:
     Raises:
         ValueError: if there is no such adapter, or it has no support yet.
     """
-    layers = {name: layer for name, layer in sam_layers(model).items() if adapter_name in layer.sam_sparse_delta}
     found = {name: delta.indices.cpu() for name, delta in deltas_of(model, adapter_name).items() if not delta.pending}
     if not found:
         raise ValueError(f"the model has no SAM adapter {adapter_name!r} with a support.")
-    shapes = {f"{m}.{name}": p.shape for m, layer in layers.items() for name, p in layer.parameters_below().items()}
     configs: Any = model.peft_config
     config = configs[adapter_name]
+    shapes = shapes_of_candidates(model, adapter_name, config)
     indices = {name: found.get(name, torch.empty(0, dtype=torch.int64, device="cpu")) for name in shapes}
     about = config.selection or {}
     how = {key: about.get(key, getattr(config, key)) for key in ("score", "budget", "density")}

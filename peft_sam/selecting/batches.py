@@ -58,6 +58,7 @@ def from_trainer(trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], f
         items = torch.tensor(samples, device=args.device) if takes_count and "labels" in batch else None
         with trainer.compute_loss_context_manager(), accelerator.autocast():
             value = trainer.compute_loss(model, batch, num_items_in_batch=items)
+            _check_is_loss(value, "the Trainer's compute_loss")
             return value if items is None else value / factor, in_float16(args.device)
 
     def loss(batch: Any) -> Loss:
@@ -76,8 +77,10 @@ def from_trainer(trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], f
 def _trainer_as_before(trainer: Trainer) -> Iterator[None]:
     """Let a Trainer prepare and compute outside of its training."""
     prepared = list(trainer.accelerator._dataloaders)
-    before = {name: copy.deepcopy(of) for name, of in vars(trainer).items() if _is_record(of)}
-    state = {name: copy.deepcopy(of) for name, of in vars(trainer.state).items() if _is_record(of)}
+    before = {
+        id(of): (of, {name: (value, copy.deepcopy(value)) for name, value in vars(of).items() if _is_record(value)})
+        for of in (trainer, trainer.state)
+    }
     names = set(vars(trainer))
     if not hasattr(trainer, "current_gradient_accumulation_steps"):
         trainer.current_gradient_accumulation_steps = 1  # set in training, and asked for by trainers of TRL
@@ -85,8 +88,8 @@ def _trainer_as_before(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.accelerator._dataloaders[:] = prepared
-        vars(trainer).update(before)
-        vars(trainer.state).update(state)
+        for of, records in before.values():
+            vars(of).update({name: _put_back(value, held) for name, (value, held) in records.items()})
         for name in set(vars(trainer)) - names:
             delattr(trainer, name)
 
@@ -95,9 +98,26 @@ def _is_record(value: Any) -> bool:
     """Whether this is what trainers write down of training: numbers and texts, in containers or not."""
     if isinstance(value, dict):
         return len(value) <= MANY and all(map(_is_record, value.values()))
-    if isinstance(value, (list, tuple, deque)):
+    if isinstance(value, (list, tuple, deque, set)):
         return len(value) <= MANY and all(map(_is_record, value))
+    if isinstance(value, Tensor):
+        return type(value) is Tensor and value.numel() <= MANY and not value.requires_grad
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _put_back(value: Any, held: Any) -> Any:
+    """A record with what it held, the same object where it can be changed."""
+    if isinstance(value, Tensor):
+        return value.copy_(held) if value.shape == held.shape else held
+    if isinstance(value, (dict, set)):
+        value.clear()
+        value.update(held)
+    elif isinstance(value, (list, deque)):
+        value.clear()
+        value.extend(held)
+    else:
+        value = held
+    return value
 
 
 @contextmanager
@@ -132,8 +152,7 @@ def from_loader(
         with nullcontext() if accelerator is None else accelerator.autocast():
             value = _loss_of_model(model, batch) if loss_fn is None else loss_fn(model, batch)
             half = in_float16(device)
-        if not isinstance(value, Tensor):
-            raise ValueError(f"loss_fn must return the mean loss of the batch as a tensor; got {type(value).__name__}.")
+        _check_is_loss(value, "loss_fn")
         return value, half
 
     def loss(batch: Any) -> Loss:
@@ -147,6 +166,11 @@ def from_loader(
     counts = Counts(model, lambda batch: compute(batch)[0], count_fn)
     with read_once(dataloader) as batches:
         yield Source(batches, loss, counts)
+
+
+def _check_is_loss(value: Any, whose: str) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{whose} must return the mean loss of the batch as a tensor; got {type(value).__name__}.")
 
 
 def in_float16(device: torch.device) -> bool:

@@ -6,16 +6,17 @@ called and whatever is around it. The loss itself is asked: does it change when 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_pt_utils import find_batch_size
 
 from peft_sam.choosing.before import random_states_as_before
 
@@ -51,7 +52,8 @@ class Counts:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return examples_in(batch)
-        if labels.is_floating_point() or self._is_regression():
+        a_number_each = labels.numel() == len(labels) and self._is_regression()
+        if labels.is_floating_point() or a_number_each or self._config("ctc_loss_reduction") == "mean":
             return len(labels)
         self.unit = UNITS.get(labels.ndim, UNITS[1])
         if "shift_labels" in batch:
@@ -113,9 +115,34 @@ class Counts:
 
 
 def examples_in(batch: Any) -> int:
-    """The rows of a batch: the length of its first tensor, at whatever depth it lies."""
-    found = find_batch_size(batch)
+    """The rows of a batch: the length of a list of examples, or of the first tensor or list in it, at whatever depth.
+
+    Warns if nothing in it has a length.
+    """
+    found = _rows(batch)
+    if found is None:
+        warnings.warn(
+            f"nothing in a batch, a {type(batch).__name__}, says how many examples it has, and each batch counts as "
+            "one: pass count_fn, which says it.",
+            stacklevel=2,
+        )
     return 1 if found is None else found
+
+
+def _rows(batch: Any) -> int | None:
+    if isinstance(batch, (Tensor, np.ndarray)):
+        return len(batch) if batch.ndim else None
+    if isinstance(batch, (list, tuple)) and batch:
+        arrays = [part for part in batch if isinstance(part, (Tensor, np.ndarray))]
+        fields = len({len(part) for part in arrays if part.ndim}) == 1
+        plain = all(isinstance(part, (str, bytes, int, float, Mapping)) for part in batch)
+        of_pairs = isinstance(batch, list) and all(isinstance(part, tuple) for part in batch)
+        if plain or of_pairs or (len(arrays) == len(batch) and not fields):
+            return len(batch)
+        return next((rows for part in batch if (rows := _rows(part)) is not None), None)
+    if isinstance(batch, Mapping):
+        return next((rows for part in batch.values() if (rows := _rows(part)) is not None), None)
+    return next((rows for part in getattr(batch, "__dict__", {}).values() if (rows := _rows(part)) is not None), None)
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -60,6 +60,9 @@ class _WithoutRepeats:
     def __init__(self, loader: DataLoaderDispatcher) -> None:
         self.loader = loader
 
+    def __len__(self) -> int:
+        return len(self.loader)
+
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
         for batch in loader:

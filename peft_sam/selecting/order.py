@@ -85,13 +85,18 @@ def _compared(batches: Iterable[Any], first: list[int]) -> Iterator[Any]:
 
 
 def digest(batch: Any) -> int:
-    """A checksum of the tensors, numbers and texts in a batch."""
+    """A checksum of the tensors, arrays, numbers and texts in a batch."""
     if isinstance(batch, Tensor):
         bits = batch.detach().cpu().contiguous().view(-1).view(torch.uint8) if batch.numel() else torch.empty(0)
         return zlib.crc32(bits.numpy().tobytes(), zlib.crc32(repr(tuple(batch.shape)).encode()))
+    if isinstance(batch, np.ndarray) and batch.dtype != object:
+        return zlib.crc32(batch.tobytes(), zlib.crc32(repr((batch.shape, batch.dtype)).encode()))
     if isinstance(batch, (str, bytes, int, float, type(None))):
         return zlib.crc32(repr(batch).encode())
-    parts = batch.items() if hasattr(batch, "items") else batch if isinstance(batch, (list, tuple)) else ()
+    if hasattr(batch, "items"):
+        parts = batch.items()
+    else:
+        parts = batch if isinstance(batch, (list, tuple, np.ndarray)) else getattr(batch, "__dict__", {}).items()
     found = 0
     for part in parts:
         found = zlib.crc32(digest(part).to_bytes(4, "little"), found)

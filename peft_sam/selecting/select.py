@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -19,6 +20,8 @@ from peft_sam.choosing.processes import Processes
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import selecting
 from peft_sam.layers.found import deltas_of, sam_layers
+from peft_sam.recorded import shown
+from peft_sam.selecting.adapter import adapted_part, pending_adapter
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.exclude import Excluded, excluded
 from peft_sam.selecting.passes import select_by_data
@@ -60,7 +63,8 @@ def select_parameters(
             used), or a model with a SAM adapter together with `dataloader`. The adapter may be in a part of the model,
             as in a SentenceTransformer.
         dataloader: batches, with a model. Dicts of tensors that the model takes, unless `loss_fn` is given.
-        accelerator: an `accelerate.Accelerator` to share the batches over processes and for its precision.
+        accelerator: an `accelerate.Accelerator`, to share the batches of a DataLoader over processes and for its
+            precision. Without one, or of a list, each process passes over the batches that it brings itself.
         adapter_name: which adapter; the active one by default.
         loss_fn: (model, batch) → mean loss of the batch, with a model. By default `model(**batch).loss`.
         count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
@@ -104,8 +108,17 @@ def select_parameters(
         model = accelerator.unwrap_model(model)
     if max_batches is not None and not (_is_whole(max_batches) and max_batches >= 1):
         raise ValueError(f"max_batches must be an integer of at least 1, or None for all batches; got {max_batches!r}.")
-    adapted = _adapted_part(model)
-    adapter_name, config = _pending_adapter(adapted, adapter_name)
+    if trainer is not None and trainer.model_init is not None:
+        raise ValueError(
+            "a Trainer with model_init makes another model when it trains, and what was selected for this one is lost: "
+            "select inside model_init, with the model and a dataloader, or pass the Trainer a model."
+        )
+    if selection is not None and not isinstance(selection, Selection):
+        raise ValueError(
+            f"selection must be a Selection, as Selection.load(path) reads one from a file; got {shown(selection)}."
+        )
+    adapted = adapted_part(model)
+    adapter_name, config = pending_adapter(adapted, adapter_name)
     check_not_taken(model, adapted, adapter_name, trainer, accelerator)
     head = _head_to_warm(model, head_warmup_steps, head_warmup_lr)
     by_data = selection is None and config.needs_data
@@ -114,8 +127,8 @@ def select_parameters(
     left_alone = excluded(adapted, candidates_of(adapted, adapter_name), exclude)
     with restoring(head.values(), only_on_error=True):
         if head or by_data:
-            passing, processes = sharded_twin(model, accelerator), _processes(accelerator)
-            shown = _wants_progress(trainer, accelerator, progress)
+            passing, processes = sharded_twin(model, accelerator), _processes(model, accelerator)
+            visible = _wants_progress(trainer, processes, progress)
             source_of_batches = (
                 from_trainer(trainer, passing, count_fn)
                 if trainer is not None
@@ -133,13 +146,13 @@ def select_parameters(
                         steps=head_warmup_steps,
                         lr=head_warmup_lr,
                         processes=processes,
-                        progress=shown,
+                        progress=visible,
                     )
                     copy_whole(its_head, head)
                 if by_data:
                     selection = select_by_data(
                         passing,
-                        _adapted_part(passing),
+                        adapted_part(passing),
                         adapter_name,
                         config,
                         read,
@@ -147,7 +160,7 @@ def select_parameters(
                         memory_budget=memory_budget,
                         train_mode=train_mode,
                         processes=processes,
-                        progress=shown,
+                        progress=visible,
                         exclude=left_alone,
                     )
                     selection.head_warmup_steps = int(head_warmup_steps)
@@ -229,65 +242,14 @@ def _is_whole(number: object) -> bool:
     return isinstance(number, Integral) and not isinstance(number, bool)
 
 
-def _adapted_part(model: nn.Module) -> nn.Module:
-    """The module that has the adapters: the model itself, or the one part of it that has some.
-
-    Raises:
-        ValueError: if several parts have.
-    """
-    parts: list[nn.Module] = []
-    for module in model.modules():
-        adapted = isinstance(getattr(module, "peft_config", None), Mapping)
-        if adapted and not any(module in part.modules() for part in parts):
-            parts.append(module)
-    if len(parts) > 1:
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(
-            f"several parts of the {type(model).__name__} have adapters ({kinds}): pass the part that is meant, a "
-            "dataloader, and a loss_fn that runs the whole."
-        )
-    return parts[0] if parts else model
+def _processes(model: nn.Module, accelerator: Accelerator | None) -> Processes | None:
+    """Those that share the pass: all that there are, whether Accelerate or only torch.distributed knows of them."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    return Processes(next(model.parameters()).device if accelerator is None else accelerator.device)
 
 
-def _pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:
-    """The adapter to select for.
-
-    Raises:
-        ValueError: if there is none, or it is not pending.
-    """
-    configs = getattr(model, "peft_config", None)
-    if not isinstance(configs, Mapping):
-        raise ValueError(
-            f"select_parameters needs a model with a SAM adapter; got a {type(model).__name__} without adapters. "
-            "Make one with get_peft_model(model, SamConfig(...))."
-        )
-    sparse = [name for name, config in configs.items() if isinstance(config, SamConfig)]
-    if adapter_name is None:
-        layers = sam_layers(model).values()
-        active = [name for layer in layers for name in layer.active_adapters if name in sparse]
-        adapter_name = active[0] if active else "default"
-    if adapter_name not in sparse:
-        raise ValueError(f"there is no SAM adapter {adapter_name!r}; the model's SAM adapters are {sparse}.")
-    config = configs[adapter_name]
-    pending = any(delta.pending for delta in deltas_of(model, adapter_name).values())
-    if config.selection is not None and pending:
-        raise ValueError(
-            f"adapter {adapter_name!r} was made from the config of a saved adapter and waits for its file. To load "
-            "it, use PeftModel.from_pretrained; to select anew, set config.selection = None before get_peft_model."
-        )
-    if not pending:
-        raise ValueError(
-            f"the parameters of adapter {adapter_name!r} are already selected, and a SAM adapter chooses once. To "
-            "choose anew, delete the adapter and add one, or start from the base model."
-        )
-    return adapter_name, config
-
-
-def _processes(accelerator: Accelerator | None) -> Processes | None:
-    return None if accelerator is None or accelerator.num_processes == 1 else Processes(accelerator.device)
-
-
-def _wants_progress(trainer: Trainer | None, accelerator: Accelerator | None, progress: bool | None) -> bool:
-    if accelerator is not None and not accelerator.is_main_process:
+def _wants_progress(trainer: Trainer | None, processes: Processes | None, progress: bool | None) -> bool:
+    if processes is not None and processes.rank:
         return False
     return progress if progress is not None else trainer is None or not trainer.args.disable_tqdm

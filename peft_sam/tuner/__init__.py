@@ -1,7 +1,7 @@
 """PEFT's tuner for sparse adapters: a network plus its layers.
 
 Imports: _peft, scores, selection, recorded, config, sparse, layers, files.
-Imported by: selecting, export.
+Imported by: selecting, report, export.
 
 * `model`: `SamModel`, PEFT's BaseTuner; `injection`: putting an adapter in, and out again if that fails; `adapting`:
   giving one module its deltas.

@@ -43,7 +43,9 @@ def adapt(
     if not own:
         return
     above, owner = path.rpartition(".")[0], parent.get_base_layer() if isinstance(parent, SamLayer) else parent
-    if above and target_name in read_not_called(owner):
+    if target_name in read_not_called(owner):
+        if not above:  # the root
+            return
         own = {f"{target_name}.{name}": parameter for name, parameter in own.items()}
         target, path, (above, _, target_name) = parent, above, above.rpartition(".")
         parent = tuner.model.get_submodule(above)

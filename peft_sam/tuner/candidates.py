@@ -94,8 +94,14 @@ def apply_selection(model: nn.Module, adapter_name: str, config: SamConfig, sele
         module: {n: found for n in layer.deltas(adapter_name) if len(found := selection.indices[f"{module}.{n}"])}
         for module, layer in layers.items()
     }
-    _start(layers, adapter_name, config, supports)
-    config.record(about, fingerprints(layers, adapter_name))
+    before = {module: layer.deltas(adapter_name) for module, layer in layers.items()}
+    try:
+        _start(layers, adapter_name, config, supports)
+        config.record(about, fingerprints(layers, adapter_name))
+    except BaseException:
+        for module, pending in before.items():
+            layers[module].leave_support(adapter_name, pending)
+        raise
 
 
 def share_support(model: nn.Module, like: str, adapter_name: str, config: SamConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 
 from peft_sam._peft import file_follows
@@ -13,6 +14,7 @@ from peft_sam.files.embeddings import Brought
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.found import deltas_of, has_support, layers_with, sam_layers
 from peft_sam.layers.linear import SamLinear
+from peft_sam.sparse.delta import SparseDelta
 from peft_sam.tuner.candidates import record_counts
 
 
@@ -37,8 +39,9 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
         kept = {name: text for name, text in config.fingerprints.items() if name not in embeddings.names}
         check_base(sam_layers(model), kept, config.strict_base)
     embeddings.put()
-    values = [delta.values for delta in deltas_of(model, adapter_name).values()]
-    trainable = any(of.requires_grad for of in values) if replaces else None
+    before = deltas_of(model, adapter_name)
+    trainable = any(delta.values.requires_grad for delta in before.values()) if replaces else None
+    same = replaces and _holds(before, found)
     for name, layer in layers.items():
         parts = found.get(name, {})
         layer.set_support(
@@ -54,6 +57,14 @@ def fill(model: nn.Module, config: SamConfig, adapter_name: str, state: Mapping[
                 delta.expect_dispatch()
             if (pair := layer.pair(adapter_name)) is not None:
                 pair.expect_dispatch()
-    if replaces or config.counts != counts_in(found):
+    if not same and (replaces or config.counts != counts_in(found)):
         record_counts(config, layers, adapter_name, {} if replaces else config.selection)
     return rest
+
+
+def _holds(deltas: Mapping[str, SparseDelta], found: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]) -> bool:
+    """Whether deltas have the supports of a file."""
+    supports = {f"{module}.{name}": indices for module, parts in found.items() for name, (indices, _) in parts.items()}
+    return supports.keys() == deltas.keys() and all(
+        torch.equal(indices, deltas[name].checked_indices().to(indices)) for name, indices in supports.items()
+    )

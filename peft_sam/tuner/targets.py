@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -20,8 +21,8 @@ from peft_sam._peft import (
     check_target_module_exists,
 )
 from peft_sam.config import SamConfig
-from peft_sam.layers.found import base_modules, base_name
-from peft_sam.layers.owned import is_packed_linear, own_parameters
+from peft_sam.layers.found import base_modules, base_name, layers_with
+from peft_sam.layers.owned import is_packed_linear, own_parameters, read_not_called
 from peft_sam.tuner.embeddings import modules_of_tokens
 
 # How much of a name must be there for another to be a misspelt one: "k_proj" for "q_proj" is not.
@@ -58,7 +59,8 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches, in PEFT's words; lists what could be targeted.
         ValueError: if a target has a parameter that is not floating point, or is one whose rows are trained.
     """
-    modules = dict(base_modules(model, parts=True))
+    of_the_root = read_not_called(model)  # nothing of the root's is a candidate
+    modules = {path: module for path, module in base_modules(model, parts=True) if path not in of_the_root}
     wanted, by_rows = config.target_modules, modules_of_tokens(config, model)
     if wanted is None or wanted in ("all", "all-linear"):
         chosen = _all_linear(modules, model, keep_head=wanted is not None) if wanted != "all" else list(modules)
@@ -104,6 +106,17 @@ def named_parameters(config: SamConfig, modules: Mapping[str, nn.Module]) -> dic
             if full in wanted or full.endswith(endings):
                 found[path].append(name)
     return dict(found)
+
+
+def shapes_of_candidates(model: nn.Module, adapter_name: str, config: SamConfig) -> dict[str, torch.Size]:
+    """The parameters that an adapter could be given entries of, selected or not, by name in the base model."""
+    found = {}
+    for module, layer in layers_with(model, adapter_name).items():
+        whole = not config.target_parameters or is_target(config, module)
+        named = () if whole else named_parameters(config, {module: layer.get_base_layer()}).get(module, ())
+        own = layer.parameters_below().items()
+        found.update({f"{module}.{n}": p.shape for n, p in own if not layer.follows(n) and (whole or n in named)})
+    return found
 
 
 def _all_linear(modules: dict[str, nn.Module], model: nn.Module, keep_head: bool) -> list[str]:

@@ -337,6 +337,9 @@ def test_a_truncated_foreign_or_missing_selection_file_is_refused(tmp_path: Path
         ({"density": float("nan")}, "0 < density <= 1; got nan"),
         ({"score": "sam"}, "score 'sam' needs the statistic 'gradient' of 'a.weight'"),
         ({"score": "sam", "statistics": {"gradient": {"a.weight": torch.ones(4, 5)}}}, "of 'a.bias'"),
+        ({"score": "sam", "statistics": {"gradient": {"a.weight": torch.ones(9, 5)}}}, r"has shape \(9, 5\), and the"),
+        ({"score": "sam", "statistics": [1]}, "statistics must be a map with the names of parameters; got list"),
+        ({"exclude": "a.weight"}, "exclude must be a map with the names of parameters; got str"),
     ],
 )
 def test_what_cannot_be_chosen_by_is_an_error_that_says_what_was_expected(wrong: dict[str, Any], message: str) -> None:

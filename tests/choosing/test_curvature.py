@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from peft_sam import SamConfig, accumulate, select_parameters
 from peft_sam.choosing.curvature import damped, signs
 from peft_sam.choosing.gradients import Loss
-from tests.shared.cases import NETS, NetCase, names
+from tests.shared.cases import NETS, NetCase, llama, names
 
 
 class Quadratic(nn.Module):
@@ -162,3 +163,20 @@ def test_probes_are_signs_that_differ_by_probe_parameter_and_seed() -> None:
 def test_a_wrong_option_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamConfig(score="sam_curvature", **options)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_second_derivatives_pass_checkpoints_that_are_not_reentrant_alone(reentrant: bool) -> None:
+    base, batch = llama(), {"input_ids": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6)}
+    config = SamConfig(
+        density=0.05, score="sam_curvature", curvature="hutchinson", target_modules=["q_proj", "lm_head"]
+    )
+    plain, model = (get_peft_model(copy.deepcopy(base), config) for _ in range(2))
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    if reentrant:
+        with pytest.raises(ValueError, match="reentrant checkpoints, which no second derivative passes"):
+            select_parameters(model, [batch], train_mode=True, progress=False)
+    else:
+        one, other = (select_parameters(of, [batch], train_mode=True, progress=False) for of in (plain, model))
+        assert all(torch.equal(one.indices[name], found) for name, found in other.indices.items())

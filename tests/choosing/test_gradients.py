@@ -237,6 +237,14 @@ def test_a_loss_that_does_not_reach_the_parameters_says_so() -> None:
         run(model, data(), loss=zero)
 
 
+def test_an_unknown_statistic_is_refused() -> None:
+    model, batches = net(), data()
+    with pytest.raises(ValueError, match=r"any of \['gradient', 'squared_gradient', 'hessian'\]; got \['curvature'\]"):
+        run(model, batches, statistics=("gradient", "curvature"))
+    one, other = (run(model, batches, statistics=of).tensors["gradient"] for of in ("gradient", ("gradient",)))
+    assert all(torch.equal(one[name], gradient) for name, gradient in other.items())
+
+
 def test_a_batch_without_samples_counts_for_nothing() -> None:
     model, batches = net(), data()
     empty = (torch.empty(0, 5, dtype=torch.float64), torch.empty(0, dtype=torch.int64))

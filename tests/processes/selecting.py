@@ -93,6 +93,13 @@ def with_a_warm_head(rows: Rows, rows_of_a_step: int, **options: Any) -> Selecti
     )
 
 
+def alone(rows: Rows) -> Selection:
+    """Without Accelerate each process brings its share."""
+    mine = rows[dist.get_rank() :: dist.get_world_size()]
+    batches = [together(mine[start : start + 3]) for start in range(0, len(mine), 3)]
+    return select_parameters(classifier(), batches, progress=False)
+
+
 SCENARIOS: dict[str, Callable[[str], Selection]] = {
     "sizes that divide": lambda _: by_loader(sentences(24), 2, classifier(), together),
     "sizes that do not divide": lambda _: by_loader(sentences(23), 3, classifier(), together),
@@ -117,6 +124,7 @@ SCENARIOS: dict[str, Callable[[str], Selection]] = {
     ),
     "a warm head": lambda _: with_a_warm_head(sentences(23), 12),
     "a warm head and movement": lambda _: with_a_warm_head(sentences(23), 12, score="movement"),
+    "torch.distributed alone": lambda _: alone(sentences(23)),
     "a Trainer, accumulating": lambda folder: by_trainer(sentences(23), classifier(), folder),
 }
 

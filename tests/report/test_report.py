@@ -15,6 +15,7 @@ from torch import nn
 
 from peft_sam import SamConfig, Selection
 from peft_sam.report.report import place_of, plot_selection, selection_report
+from tests.shared.cases import gpt2
 
 NAMES = ("default", "second")
 
@@ -85,6 +86,16 @@ def test_a_model_s_adapters_are_reported_and_compared() -> None:
     assert math.isnan(selection_report(model).overlap)
     turned = selection_report(model, "second", other="default")
     assert (turned.total.shared, turned.overlap) == (report.total.shared, report.overlap)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
+@pytest.mark.parametrize(
+    "options", [{"target_modules": "all"}, {"target_modules": [], "target_parameters": ["c_attn.weight"]}]
+)
+def test_the_candidates_of_a_report_are_those_that_were_selected_from(options: dict[str, Any]) -> None:
+    model: Any = get_peft_model(gpt2(), SamConfig(score="random", density=0.1, **options))
+    report = selection_report(model)
+    assert report.total.candidates == model.peft_config["default"].selection["m"]
 
 
 def deep(layers: int) -> Selection:

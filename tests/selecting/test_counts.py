@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -29,6 +30,8 @@ from transformers import (
     SegformerConfig,
     SegformerForSemanticSegmentation,
     Trainer,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
 )
 
 from peft_sam import SamConfig, select_parameters
@@ -215,6 +218,40 @@ def of_pixels(model: Any, batch: Batch) -> Tensor:
     return F.cross_entropy(logits, batch["labels"], ignore_index=255, reduction="sum")
 
 
+def texts_of_sound() -> Iterator[Batch]:
+    for n, length in SIZES:
+        yield {"input_values": torch.randn(n, 16 * length), "labels": torch.randint(1, 9, (n, length // 2))}
+
+
+def of_sounds(model: Any, batch: Batch) -> Tensor:
+    logits = model(input_values=batch["input_values"]).logits.log_softmax(-1).transpose(0, 1)
+    n, length = batch["labels"].shape
+    lengths = torch.full((n,), len(logits)), torch.full((n,), length)
+    return F.ctc_loss(logits, batch["labels"], *lengths, reduction="mean") * n
+
+
+def wav2vec2() -> nn.Module:
+    convolutions = {"conv_dim": (8,), "conv_kernel": (4,), "conv_stride": (4,), "num_feat_extract_layers": 1}
+    width = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return Wav2Vec2ForCTC(
+        Wav2Vec2Config(
+            vocab_size=9,
+            ctc_loss_reduction="mean",
+            num_conv_pos_embeddings=4,
+            num_conv_pos_embedding_groups=2,
+            apply_spec_augment=False,
+            **convolutions,
+            **width,
+        )
+    )
+
+
+def of_a_reward_model(model: Any) -> Any:
+    """A language model from the folder of one whose config has a single label."""
+    model.config.num_labels = 1
+    return model
+
+
 def with_labels(model: Any, number: int, kind: str | None = None) -> Any:
     config = copy.deepcopy(bert().config)
     config.num_labels, config.problem_type = number, kind
@@ -247,6 +284,9 @@ CASES = {
     "a causal model, padded": Case(llama, padded, causal),
     "a causal model with prompts": Case(lambda: MyLlama(llama().config), prompts, causal),
     "a causal model with one label": Case(llama, one_label, causal, SHIFTED),
+    "a causal model with a reward model's config": Case(lambda: of_a_reward_model(llama()), language, causal, SHIFTED),
+    "a masked model with one": Case(lambda: of_a_reward_model(BertForMaskedLM(bert().config)), masked, in_place),
+    "the text of sounds": Case(wav2vec2, texts_of_sound, of_sounds, ROWS),
     "one of nobody's": Case(lambda: OfItsOwn(True), language, own(True), SHIFTED, EVERY),
     "one of nobody's that does not shift": Case(lambda: OfItsOwn(False), language, own(False), ALL, EVERY),
     "one that hides what the mask hides": Case(
@@ -306,9 +346,7 @@ def test_a_batch_counts_as_many_as_its_loss_is_a_mean_over(case: Case, train_mod
     n = expected_of(case, batches)
     assert selection.samples == n
     assert selection.batches == len(batches)
-    assert (
-        selection.unit == {1: "samples", 2: "tokens", 3: "pixels"}[batches[0]["labels"].ndim] or case.total is of_each
-    )
+    assert selection.unit == {1: "samples", 2: "tokens", 3: "pixels"}[batches[0]["labels"].ndim] or case.number == ROWS
     some = [batch for batch in batches if bool(batch["labels"].ne(-100).any()) or case.total is squares]
     gradients = reference.mean_loss_gradients(base, selection.indices, some, case.total, n)
     assert_same_up_to_rounding(selection, gradients)
@@ -393,7 +431,35 @@ def test_rows_in_the_place_of_batches_are_told_apart(loader: Any, message: str) 
 def test_rows_are_counted_at_whatever_depth_they_lie(around: Callable[[Batch], Any]) -> None:
     batch = {"input_ids": torch.zeros(7, 3, dtype=torch.int64), "labels": torch.zeros(7, dtype=torch.int64)}
     assert examples_in(around(batch)) == 7
-    assert examples_in({"none": None, "nothing": []}) == 1
+
+
+@dataclass
+class Rows:
+    texts: list[str]
+    labels: Tensor
+
+
+EXAMPLES = {
+    "tensors of unequal lengths": [torch.zeros(length) for length in (2, 5, 3)],
+    "dicts": [{"input_ids": torch.zeros(7), "labels": torch.tensor(1)}] * 3,
+    "pairs": [(torch.zeros(7), 1)] * 3,
+    "texts": ["one", "another", "a third"],
+    "a dict of texts and numbers": {"text": ["one", "another", "a third"], "labels": [0, 1, 1]},
+    "numbers": {"labels": [0.5, 1.0, 2.0]},
+    "arrays": {"x": np.zeros((3, 2))},
+    "an object": Rows(["one", "another", "a third"], torch.zeros(3)),
+    "two fields": [torch.zeros(3, 7), torch.zeros(3)],
+}
+
+
+@pytest.mark.parametrize("batch", EXAMPLES.values(), ids=EXAMPLES)
+def test_examples_are_counted_in_whatever_form_they_come(batch: Any) -> None:
+    assert examples_in(batch) == 3
+
+
+def test_a_batch_that_does_not_say_how_many_it_has_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="a dict, says how many examples it has.* pass count_fn"):
+        assert examples_in({"none": None, "nothing": []}) == 1
 
 
 def test_a_batch_of_single_tokens_has_no_targets_and_is_passed_over() -> None:

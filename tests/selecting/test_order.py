@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -222,6 +223,8 @@ def test_batches_that_are_others_each_time_are_refused_for_several_passes(length
         ([torch.tensor([1.0, 2.0])], [torch.tensor([2.0, 1.0])]),
         (["a", 1], ["a", 2]),
         ([torch.zeros(0)], [torch.zeros(0, 2)]),
+        ({"x": np.zeros(3)}, {"x": np.ones(3)}),
+        (SimpleNamespace(x=torch.zeros(3)), SimpleNamespace(x=torch.ones(3))),
     ],
 )
 def test_a_checksum_tells_batches_apart(one: Any, other: Any) -> None:

@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from peft_sam import FewerEntriesWarning, PendingAdapterError, SamConfig, Selection, select_parameters
+from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import deltas_of
+from peft_sam.tuner import candidates
 from tests.shared import reference
 from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, gpt2, llama, names
 from tests.shared.device import DEVICE
@@ -286,6 +288,34 @@ def test_a_data_free_score_selects_inside_get_peft_model() -> None:
             weights = {n: parameters[n].detach().abs() for n in candidates_of(pending, "default")}
             expected = reference.largest(weights, sum(map(len, found.values())))
             assert found == {n: i for n, i in expected.items() if i}
+
+
+@pytest.mark.parametrize("where", ["set_support", "fingerprints"])
+def test_an_interruption_while_supports_are_given_leaves_the_adapter_pending(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = adapt(NETS[0])
+    other, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=1.0)
+    batch, calls = NETS[0].batch(4), 0
+    given = SamLayer.set_support
+
+    def stops(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if where == "fingerprints" or calls == 3:
+            raise KeyboardInterrupt
+        return given(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*((SamLayer, where) if where == "set_support" else (candidates, where)), stops)
+        with pytest.raises(KeyboardInterrupt):
+            select_parameters(model, [batch], progress=False)
+    assert all(delta.pending for delta in deltas_of(model, "default").values())
+    assert model.peft_config["default"].selection is None
+    one, two = (select_parameters(of, [batch], progress=False) for of in (model, other))
+    assert supports(one) == supports(two)
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    assert all(id(delta.values) in held for delta in deltas_of(model, "default").values())
 
 
 def test_choosing_twice_is_refused() -> None:

@@ -35,6 +35,7 @@ class Generates(Trainer):
         super().__init__(*args, **kwargs)
         self.buffered: Any = None
         self.seen, self.history = 0, {"losses": list[float]()}
+        self.total, self.kinds = torch.zeros(()), set[float]()
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         inputs = super()._prepare_inputs(inputs)
@@ -46,6 +47,9 @@ class Generates(Trainer):
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         found = super().compute_loss(*args, **kwargs)
         self.history["losses"].append(float(found.detach()))
+        self.total += found.detach()
+        self.kinds.add(float(found.detach()))
+        self.state.log_history.append({"loss": float(found.detach())})
         self.state.num_input_tokens_seen += 5
         return found
 
@@ -70,7 +74,18 @@ def test_inputs_are_prepared_as_in_training(tmp_path: Path, score: str) -> None:
 
 
 def traces(trainer: Any) -> dict[str, Any]:
-    names = ("buffered", "seen", "history", "_metrics", "_logs", "_step", "_buffered_inputs", "_total_train_tokens")
+    names = (
+        "buffered",
+        "seen",
+        "history",
+        "total",
+        "kinds",
+        "_metrics",
+        "_logs",
+        "_step",
+        "_buffered_inputs",
+        "_total_train_tokens",
+    )
     found = {name: copy.deepcopy(getattr(trainer, name)) for name in names if hasattr(trainer, name)}
     return {**found, "all": sorted(vars(trainer)), "state": copy.deepcopy(vars(trainer.state))}
 
@@ -78,9 +93,30 @@ def traces(trainer: Any) -> dict[str, Any]:
 def test_what_a_trainer_writes_down_on_the_way_is_as_before(tmp_path: Path) -> None:
     trainer = trainer_of(Generates, tmp_path)
     before, state = traces(trainer), torch.get_rng_state()
+    held = trainer.history, trainer.total, trainer.kinds, trainer.state.log_history
     select_parameters(trainer)
     assert traces(trainer) == before
+    after = trainer.history, trainer.total, trainer.kinds, trainer.state.log_history
+    assert all(one is other for one, other in zip(held, after, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trainer_that_makes_its_model_anew_when_it_trains_is_refused(tmp_path: Path) -> None:
+    def make() -> Any:
+        return get_peft_model(llama(), SamConfig(task_type="CAUSAL_LM", density=0.05))
+
+    rows = Dataset.from_dict({"input_ids": IDS.tolist()})
+    trainer = MakesLabels(model_init=make, args=arguments(tmp_path), train_dataset=rows)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"makes another model when it trains.* select inside model_init"):
+        select_parameters(trainer)
+
+
+@pytest.mark.parametrize("value", [None, 0.5])
+def test_a_trainer_s_loss_that_is_no_tensor_is_refused(tmp_path: Path, value: Any) -> None:
+    trainer = trainer_of(MakesLabels, tmp_path)
+    trainer.compute_loss = lambda *_, **__: value
+    with pytest.raises(ValueError, match="compute_loss must return the mean loss of the batch as a tensor; got"):
+        select_parameters(trainer)
 
 
 def test_several_passes_generate_the_same(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_sam import SamConfig, select_parameters
@@ -168,3 +168,21 @@ def test_a_tied_parameter_is_one_candidate_under_its_first_name() -> None:
     assert "transformer.wte.weight" in found
     assert "lm_head.weight" not in found
     assert candidates(gpt2(), target_modules=["lm_head"]) == {"transformer.wte.weight"}
+
+
+class ListAtTheRoot(nn.Module):
+    """A root that owns a list of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales, self.linear = nn.ParameterList([torch.ones(4)]), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * self.scales[0]
+
+
+@pytest.mark.parametrize("targets", ["all", ["linear", "scales"]])
+def test_a_list_of_parameters_that_the_root_owns_is_left_alone(targets: Any) -> None:
+    model = get_peft_model(ListAtTheRoot(), SamConfig(target_modules=targets, score="random", density=0.5))
+    assert set(candidates_of(model, "default")) == {"linear.weight", "linear.bias"}
+    assert model(torch.ones(2, 4)).shape == (2, 4)

@@ -99,6 +99,17 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert all(torch.equal(indices, support[name]) for name, (indices, _) in values(model).items())
 
 
+def test_a_reloaded_support_keeps_what_is_known_of_its_selection(tmp_path: Path) -> None:
+    model = make_model()
+    trainer = make_trainer(model, tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3)
+    select_parameters(trainer)
+    before = copy.deepcopy(model.peft_config["default"].selection)
+    trainer.train()
+    assert model.peft_config["default"].selection == before
+    assert before["score"] == "sam"
+    assert before["share"] > 0
+
+
 def test_resuming_takes_the_newest_checkpoint_when_told_no_path(whole_run: Any, tmp_path: Path) -> None:
     folder, curve, deltas = whole_run
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
