@@ -44,7 +44,9 @@ def check_selection(selection: Any) -> None:
         if name in COUNTED:
             right, expected = type(value) is int and 0 <= value < LARGEST, "a number of things, from 0"
         elif name in MEASURED:
-            right, expected = _is_number(value) and value >= 0, "a finite number, from 0"
+            share = name == "share"
+            right = _is_number(value) and value >= 0 and (value <= 1 or not share)
+            expected = "a share, from 0 to 1" if share else "a finite number, from 0"
         elif isinstance(value, str):
             right, expected = WORD.fullmatch(value) is not None, "a word of up to 64 letters and digits"
         else:  # of a newer version

@@ -15,6 +15,8 @@ from torch import Tensor
 from peft_sam.sparse.support import check_support
 
 METADATA_KEY = "peft_sam.selection"
+# no parameter has so many entries
+LARGEST = 2**63
 NUMBERS = ("density", "threshold", "samples", "batches", "seconds", "head_warmup_steps", "share", "excluded")
 
 
@@ -140,8 +142,13 @@ class Selection:
                 indices = {name: file.get_tensor(name) for name in shapes}
             selection = cls(indices, shapes, **about)
             numbers = [getattr(selection, name) for name in NUMBERS]
-            if not all(isinstance(number, (int, float)) for number in numbers):
-                raise TypeError(f"expected numbers, got {numbers}")
+            if not all(isinstance(number, (int, float)) for number in numbers) or selection.share > 1:
+                raise TypeError(f"expected numbers, the share at most 1; got {numbers}")
+            texts = (selection.score, selection.budget, selection.unit, *shapes)
+            if not all(isinstance(text, str) and text.isprintable() for text in texts):
+                raise TypeError("expected names of printable letters")  # they are printed
+            if not all(size >= 0 and shape.numel() < LARGEST for shape in selection.shapes.values() for size in shape):
+                raise TypeError("expected shapes of parameters")
         except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"{os.fspath(path)!r} is not a selection file, or a damaged one ({type(error).__name__}: {error}); "

@@ -288,6 +288,12 @@ def damage(tensors: dict[str, Tensor], about: dict[str, Any], how: str) -> None:
             about["surprise"] = 1
         case "bad threshold":
             about["threshold"] = "high"
+        case "a share of more than all":
+            about["share"] = 5
+        case "a name that terminals obey":
+            about["unit"] = "\x1b[2J"
+        case "a shape beyond memory":
+            about["shapes"][name] = [2**70]
 
 
 @pytest.mark.parametrize(
@@ -302,6 +308,9 @@ def damage(tensors: dict[str, Tensor], about: dict[str, Any], how: str) -> None:
         "no shapes",
         "unknown field",
         "bad threshold",
+        "a share of more than all",
+        "a name that terminals obey",
+        "a shape beyond memory",
     ],
 )
 def test_a_damaged_selection_file_is_refused(tmp_path: Path, how: str) -> None:
