@@ -131,6 +131,18 @@ class Processes:
             yield (last, False) if batch is None else (batch, True)
             last = last if batch is None else batch
 
+    def check_alike(self, what: str, mine: Any) -> None:
+        """Whether all processes bring the same.
+
+        Raises:
+            ValueError: on all, if not.
+        """
+        if len(set(self.objects(repr(mine)))) > 1:
+            raise ValueError(
+                f"the processes of torch.distributed share a selection, and have different {what}: each must bring the "
+                "same model with the same adapter, and a part of the data."
+            )
+
     @contextmanager
     def _present(self) -> Iterator[None]:
         try:
@@ -141,7 +153,7 @@ class Processes:
             except RuntimeError:  # the store was the lost process's
                 lost = "unknown which"
             raise LostProcessError(
-                f"process {self.rank} lost another process during the pass ({lost}); nothing was selected. Look for "
-                "the first error in the output of the others. If one is only slow, raise the timeout of the process "
-                "group (accelerate.InitProcessGroupKwargs)."
+                f"process {self.rank} lost another process during the pass ({lost}); nothing was selected. All must "
+                "select: look for the first error in the output of the others. If one is only slow, raise the timeout "
+                "of the process group (accelerate.InitProcessGroupKwargs)."
             ) from error

@@ -166,13 +166,13 @@ class Sums:
             self.of_calls[name] = gradient
 
     def _add_hessian(self, loss: Tensor) -> None:
-        if passes_by(loss, "CheckpointFunctionBackward"):
+        names, parameters = list(self.parameters), list(self.parameters.values())
+        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        if any(gradient is None for gradient in found) and passes_by(loss, "CheckpointFunctionBackward"):
             raise ValueError(
                 "the loss was computed under reentrant checkpoints, which no second derivative passes: checkpoint with "
                 'use_reentrant=False, or use curvature="fisher".'
             )
-        names, parameters = list(self.parameters), list(self.parameters.values())
-        found = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
         gradients = {name: gradient for name, gradient in zip(names, found, strict=True) if gradient is not None}
         for name, gradient in gradients.items():
             self._add(name, gradient.detach())

@@ -59,8 +59,9 @@ def adapters_by_sample(layers: Mapping[str, Any], call: Samples) -> Iterator[Non
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
 
-    def named(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "adapter_names": call.names_of_rows()}
+    def named(head: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        own = head._get_available_adapters()  # type: ignore[operator]
+        return args, {**kwargs, "adapter_names": [name if name in own else BASE for name in call.names_of_rows()]}
 
     model = call.model
     heads = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]

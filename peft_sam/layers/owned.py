@@ -42,9 +42,13 @@ def features(module: nn.Module) -> tuple[int | None, ...]:
 
 def read_not_called(module: nn.Module) -> tuple[str, ...]:
     """The children whose parameters are candidates of the module itself; lists of parameters are such, too."""
-    lists = [name for name, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))]
     read = [name for kind, names in READ_NOT_CALLED.items() if isinstance(module, kind) for name in names]
-    return (*read, *lists)
+    return (*read, *parameter_lists(module))
+
+
+def parameter_lists(module: nn.Module) -> list[str]:
+    """The children that are lists or dicts of parameters."""
+    return [name for name, m in module.named_children() if isinstance(m, (nn.ParameterList, nn.ParameterDict))]
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:

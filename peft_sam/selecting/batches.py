@@ -77,10 +77,12 @@ def from_trainer(trainer: Trainer, model: nn.Module, count_fn: Callable[[Any], f
 def _trainer_as_before(trainer: Trainer) -> Iterator[None]:
     """Let a Trainer prepare and compute outside of its training."""
     prepared = list(trainer.accelerator._dataloaders)
-    before = {
-        id(of): (of, {name: (value, copy.deepcopy(value)) for name, value in vars(of).items() if _is_record(value)})
-        for of in (trainer, trainer.state)
-    }
+    records = [
+        (vars(owner), name, value, copy.deepcopy(value))
+        for owner in (trainer, trainer.state)
+        for name, value in vars(owner).items()
+        if _is_record(value)
+    ]
     names = set(vars(trainer))
     if not hasattr(trainer, "current_gradient_accumulation_steps"):
         trainer.current_gradient_accumulation_steps = 1  # set in training, and asked for by trainers of TRL
@@ -88,8 +90,8 @@ def _trainer_as_before(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.accelerator._dataloaders[:] = prepared
-        for of, records in before.values():
-            vars(of).update({name: _put_back(value, held) for name, (value, held) in records.items()})
+        for attributes, name, value, held in records:
+            attributes[name] = _put_back(value, held)
         for name in set(vars(trainer)) - names:
             delattr(trainer, name)
 
@@ -108,7 +110,7 @@ def _is_record(value: Any) -> bool:
 def _put_back(value: Any, held: Any) -> Any:
     """A record with what it held, the same object where it can be changed."""
     if isinstance(value, Tensor):
-        return value.copy_(held) if value.shape == held.shape else held
+        return value.detach_().copy_(held) if value.shape == held.shape else held
     if isinstance(value, (dict, set)):
         value.clear()
         value.update(held)

@@ -7,7 +7,7 @@ called and whatever is around it. The loss itself is asked: does it change when 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,8 +52,7 @@ class Counts:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         if not isinstance(labels, Tensor) or labels.ndim == 0:
             return examples_in(batch)
-        a_number_each = labels.numel() == len(labels) and self._is_regression()
-        if labels.is_floating_point() or a_number_each or self._config("ctc_loss_reduction") == "mean":
+        if labels.is_floating_point() or self._is_regression(labels) or self._config("ctc_loss_reduction") == "mean":
             return len(labels)
         self.unit = UNITS.get(labels.ndim, UNITS[1])
         if "shift_labels" in batch:
@@ -104,45 +103,78 @@ class Counts:
         change, control = abs(here - now), abs(elsewhere - now)
         return change <= ROUNDING * control if control > 0 else None
 
-    def _is_regression(self) -> bool:
+    def _is_regression(self, labels: Tensor) -> bool:
         """Whether the model takes labels for numbers, among which -100 is one."""
-        return self._config("problem_type") == "regression" or (
-            self._config("problem_type") is None and self._config("num_labels") == 1
-        )
+        one_each = self._config("num_labels") == 1 and labels.numel() == len(labels)
+        return self._config("problem_type") == "regression" or (self._config("problem_type") is None and one_each)
 
     def _config(self, name: str) -> Any:
         return getattr(getattr(self.model, "config", None), name, None)
 
 
 def examples_in(batch: Any) -> int:
-    """The rows of a batch: the length of a list of examples, or of the first tensor or list in it, at whatever depth.
+    """The rows of a batch: the length of a list of examples, else of the first array in it, else of the first list.
 
-    Warns if nothing in it has a length.
+    Arrays are tensors or numpy's, at whatever depth. Warns if nothing says how many rows there are.
     """
-    found = _rows(batch)
-    if found is None:
-        warnings.warn(
-            f"nothing in a batch, a {type(batch).__name__}, says how many examples it has, and each batch counts as "
-            "one: pass count_fn, which says it.",
-            stacklevel=2,
-        )
-    return 1 if found is None else found
+    if isinstance(batch, list) and _are_examples(batch):
+        return len(batch)
+    array = next(_inside(batch, lambda part: _is_array(part) and part.ndim > 0), None)
+    if array is not None:
+        return len(array)
+    rows = next(_inside(batch, lambda part: isinstance(part, (list, tuple)) and len(part) > 0), None)
+    if rows is not None and not all(isinstance(part, tuple) for part in rows):  # pairs, or a pair of fields?
+        return len(rows)
+    warnings.warn(
+        f"nothing in a batch, a {type(batch).__name__}, says how many examples it has, and each batch counts as one: "
+        "pass count_fn, which says it.",
+        stacklevel=2,
+    )
+    return 1
 
 
-def _rows(batch: Any) -> int | None:
-    if isinstance(batch, (Tensor, np.ndarray)):
-        return len(batch) if batch.ndim else None
-    if isinstance(batch, (list, tuple)) and batch:
-        arrays = [part for part in batch if isinstance(part, (Tensor, np.ndarray))]
-        fields = len({len(part) for part in arrays if part.ndim}) == 1
-        plain = all(isinstance(part, (str, bytes, int, float, Mapping)) for part in batch)
-        of_pairs = isinstance(batch, list) and all(isinstance(part, tuple) for part in batch)
-        if plain or of_pairs or (len(arrays) == len(batch) and not fields):
-            return len(batch)
-        return next((rows for part in batch if (rows := _rows(part)) is not None), None)
-    if isinstance(batch, Mapping):
-        return next((rows for part in batch.values() if (rows := _rows(part)) is not None), None)
-    return next((rows for part in getattr(batch, "__dict__", {}).values() if (rows := _rows(part)) is not None), None)
+def _are_examples(parts: list[Any]) -> bool:
+    """Whether a list holds rows, not fields that have all rows.
+
+    Rows have a number or a text each, or vectors of unequal lengths.
+    """
+    if not parts or any(isinstance(part, (str, bytes)) for part in parts):
+        return False
+    rows = [[part] if _is_array(part) else _parts(part) for part in parts]
+    single = all(any(map(_is_single, row)) for row in rows)
+    return single or any(map(_are_unequal, zip(*rows, strict=False)))
+
+
+def _are_unequal(column: Sequence[Any]) -> bool:
+    vectors = all(_is_array(part) and part.ndim == 1 for part in column)
+    return vectors and len({len(part) for part in column}) > 1 and len({part.dtype for part in column}) == 1
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (Tensor, np.ndarray))
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, (str, bytes, bool, int, float)) or (_is_array(value) and value.ndim == 0)
+
+
+def _parts(value: Any) -> list[Any]:
+    """Those of a list, a mapping, or an object with attributes."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return list((value if isinstance(value, Mapping) else getattr(value, "__dict__", {})).values())
+
+
+def _inside(batch: Any, wanted: Callable[[Any], bool]) -> Iterator[Any]:
+    """The parts of a batch that are wanted, each before what it holds."""
+    seen, left = set[int](), [batch]
+    while left:
+        part = left.pop()
+        if wanted(part):
+            yield part
+        if id(part) not in seen and not _is_array(part) and not isinstance(part, (str, bytes)):
+            seen.add(id(part))
+            left.extend(reversed(_parts(part)))
 
 
 def shifts_labels(model: nn.Module) -> bool:

@@ -64,7 +64,8 @@ def select_parameters(
             as in a SentenceTransformer.
         dataloader: batches, with a model. Dicts of tensors that the model takes, unless `loss_fn` is given.
         accelerator: an `accelerate.Accelerator`, to share the batches of a DataLoader over processes and for its
-            precision. Without one, or of a list, each process passes over the batches that it brings itself.
+            precision. Without one, or of a list, each process passes over the batches that it brings itself. All
+            processes that torch.distributed knows must call this, with the same model: they share the selection.
         adapter_name: which adapter; the active one by default.
         loss_fn: (model, batch) → mean loss of the batch, with a model. By default `model(**batch).loss`.
         count_fn: batch → over how many samples its loss is a mean, which weights batches of unequal size. By
@@ -110,7 +111,7 @@ def select_parameters(
         raise ValueError(f"max_batches must be an integer of at least 1, or None for all batches; got {max_batches!r}.")
     if trainer is not None and trainer.model_init is not None:
         raise ValueError(
-            "a Trainer with model_init makes another model when it trains, and what was selected for this one is lost: "
+            "a Trainer with model_init calls it again when it trains, and what was selected for this model is lost: "
             "select inside model_init, with the model and a dataloader, or pass the Trainer a model."
         )
     if selection is not None and not isinstance(selection, Selection):
@@ -128,6 +129,9 @@ def select_parameters(
     with restoring(head.values(), only_on_error=True):
         if head or by_data:
             passing, processes = sharded_twin(model, accelerator), _processes(model, accelerator)
+            if processes is not None:
+                shapes = {name: tuple(p.shape) for name, p in candidates_of(adapted, adapter_name).items()}
+                processes.check_alike("candidates", shapes)
             visible = _wants_progress(trainer, processes, progress)
             source_of_batches = (
                 from_trainer(trainer, passing, count_fn)

@@ -17,7 +17,7 @@ from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import base_modules, base_name, layer_in, layers_with
 from peft_sam.layers.linear import SamLinear
 from peft_sam.layers.make import make_layer
-from peft_sam.layers.owned import own_parameters, read_not_called
+from peft_sam.layers.owned import own_parameters, parameter_lists, read_not_called
 from peft_sam.tuner.targets import is_target, named_parameters
 
 
@@ -43,9 +43,9 @@ def adapt(
     if not own:
         return
     above, owner = path.rpartition(".")[0], parent.get_base_layer() if isinstance(parent, SamLayer) else parent
-    if target_name in read_not_called(owner):
-        if not above:  # the root
-            return
+    if not above and target_name in parameter_lists(owner):  # of the root
+        return
+    if above and target_name in read_not_called(owner):
         own = {f"{target_name}.{name}": parameter for name, parameter in own.items()}
         target, path, (above, _, target_name) = parent, above, above.rpartition(".")
         parent = tuner.model.get_submodule(above)

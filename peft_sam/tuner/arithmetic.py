@@ -145,11 +145,10 @@ def _pairs(layers: Mapping[str, SamLayer], adapters: Iterable[str]) -> dict[str,
 
 
 def add_combined(
-    tuner: Any, adapters: Sequence[str], adapter_name: str, combination: str, *, density: float | None, **others: Any
+    tuner: Any, adapters: Sequence[str], adapter_name: str, combination: str, how: Mapping[str, Any]
 ) -> None:
-    """What `SamModel.add_weighted_adapter` does; the model is as before if that fails."""
-    how = {"density": density, **others}
-    check_combination(len(adapters), how["weights"], combination, density)
+    """What `SamModel.add_weighted_adapter` does; the model is as before if that fails. `how` is that of `combine`."""
+    check_combination(len(adapters), how["weights"], combination, how["density"])
     if adapter_name in tuner.peft_config:
         raise ValueError(f"there is an adapter {adapter_name!r} already: delete it, or choose another name.")
     for name in adapters:
@@ -159,10 +158,10 @@ def add_combined(
             raise ValueError(f"adapter {name!r} has trainable_token_indices, which cannot be combined.")
     layers = sam_layers(tuner.model)
     check_pairs(layers, adapters, combination)
-    none = not changing(layers, adapters, "combined")
+    all_pending = not changing(layers, adapters, "combined")
     combined = Combined(layers, adapters, combination, **how)
     config = copy.copy(tuner.peft_config[adapters[0]])
-    if not none:
+    if not all_pending:
         config.target_modules = list(dict.fromkeys([*combined.parts, *sorted(combined.paired)]))
         config.target_parameters = config.exclude_modules = None
         config.layers_to_transform = config.layers_pattern = None
@@ -175,7 +174,7 @@ def add_combined(
     try:
         combined.put(adapter_name)
         combine_heads(tuner.model, adapters, adapter_name, combination, **how)
-        if not none:
+        if not all_pending:
             kept = fingerprints(sam_layers(tuner.model), adapter_name)
             tuner.peft_config[adapter_name].record(combined.summary(), kept)
     except BaseException:

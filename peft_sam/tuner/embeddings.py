@@ -16,7 +16,7 @@ from peft_sam._peft import (
     match_target_against_key,
 )
 from peft_sam.config import SHORTHANDS, SamConfig
-from peft_sam.layers.found import base_modules, base_name
+from peft_sam.layers.found import base_modules, module_of
 from peft_sam.layers.owned import stored_parameters
 
 TIED = (
@@ -71,13 +71,21 @@ def names_embeddings(config: SamConfig) -> bool:
     return any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in wanted or ())
 
 
+def rows_of_tokens(config: SamConfig, model: nn.Module) -> dict[str, list[int]]:
+    """Module of the base model → the rows of it that PEFT trains (`trainable_token_indices`), in their order."""
+    wanted = config.trainable_token_indices or {}
+    named = wanted if isinstance(wanted, dict) else {get_input_embeddings_name(model, "embed_tokens"): wanted}
+    paths = [module_of(path) for path, _ in base_modules(model)]
+    return {
+        path: list(rows) for name, rows in named.items() for path in paths if path == name or path.endswith(f".{name}")
+    }
+
+
 def modules_of_tokens(config: SamConfig, model: nn.Module) -> set[str]:
     """The base model's modules of which PEFT trains single rows (`trainable_token_indices`), those tied to them too."""
-    wanted = config.trainable_token_indices
-    if wanted is None:
-        return set()
-    names = tuple(wanted) if isinstance(wanted, dict) else (get_input_embeddings_name(model, "embed_tokens"),)
-    modules = {base_name(path): module for path, module in base_modules(model)}
-    found = {path for path in modules if path in names or path.endswith(tuple(f".{name}" for name in names))}
+    found = set(rows_of_tokens(config, model))
+    if not found:
+        return found
+    modules = {module_of(path): module for path, module in base_modules(model)}
     rows = {id(parameter) for path in found for parameter in stored_parameters(modules[path]).values()}
     return {path for path, m in modules.items() if any(id(p) in rows for p in stored_parameters(m).values())} | found

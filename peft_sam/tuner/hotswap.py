@@ -22,6 +22,7 @@ from peft_sam.files.checkpoint import KEY, read_file, read_pairs
 from peft_sam.files.fingerprint import check_base
 from peft_sam.layers.base import SamLayer
 from peft_sam.layers.found import layers_with, module_of, pairs_of, sam_layers
+from peft_sam.tuner.embeddings import rows_of_tokens
 from peft_sam.tuner.model import SamModel
 
 # A reloaded module finds its own wrappers in place and unwraps them.
@@ -61,8 +62,13 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
             f"the other adapter's config says r={config.r}, and its file has no low-rank pairs: the two do not belong "
             "together, or one is damaged."
         )
-    check_base(sam_layers(model), config.fingerprints, config.strict_base)
     own = model.peft_config[adapter_name]
+    if (rows := rows_of_tokens(own, model)) != (others := rows_of_tokens(config, model)):
+        raise ValueError(
+            f"the other adapter trains rows {others or 'of no embedding'} (trainable_token_indices), and this one "
+            f"{rows or 'of none'}: load the other one beside it, with load_adapter."
+        )
+    check_base(sam_layers(model), config.fingerprints, config.strict_base)
     before, own.selection = own.selection, config.selection
     try:
         set_peft_model_state_dict(model, state, adapter_name=adapter_name)
@@ -80,12 +86,11 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
 
 
 def register_swap() -> None:
-    """Have PEFT's hot swapping take sparse adapters, whose configs hold nothing that their files do not but for the
-    places of trained rows.
+    """Have PEFT's hot swapping take sparse adapters; what their configs hold and their files do not, `swap` compares.
 
     What `hotswap_adapter` calls is replaced, not the function, which may have been imported before this package.
     """
-    hotswap.CONFIG_KEYS_TO_CHECK[SAM_SPARSE] = ["trainable_token_indices"]
+    hotswap.CONFIG_KEYS_TO_CHECK[SAM_SPARSE] = []
 
     @functools.wraps(_load_peft_weights)
     def load_peft_weights(model_id: str, *args: Any, **kwargs: Any) -> Any:

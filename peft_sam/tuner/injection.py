@@ -59,10 +59,10 @@ def inject(
     tuner._trainable_before = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     tuner._layers_before = {id(layer) for layer in sam_layers(model).values()}
     try:
-        _check_heads(model, adapter_name, config)
         if state_dict is not None:
             target_as(state_dict, config, model)
         loosen(model, config.modules_to_save or ())
+        _check_heads(model, adapter_name, config)
         injected(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         _complete(tuner, model, adapter_name, config)
         if config.selection is not None and renamed is None:

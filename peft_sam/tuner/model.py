@@ -123,8 +123,8 @@ class SamModel(BaseTuner):
             ValueError: if an adapter does not exist, the new name is taken, the combination is not known, or an adapter
                 trains rows of embeddings (`trainable_token_indices`).
         """
-        how: dict[str, Any] = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
-        add_combined(self, adapters, adapter_name, combination_type, **how)
+        how = {"weights": weights, "density": density, "majority_sign_method": majority_sign_method}
+        add_combined(self, adapters, adapter_name, combination_type, how)
 
     # Merging
 

@@ -65,10 +65,10 @@ def _make_room(model: Any, state: dict[str, Tensor], prefix: str, *others: Any) 
             f"{part.module}.sam_sparse_delta.{part.parameter}.{part.part}": state[key] for part, key in keys.items()
         }
         found, pending = read_file(named, layers, adapter_name, None), not has_support(model, adapter_name)
-        spoken_of = _modules_in(state, prefix) | found.keys()
+        bases = _bases_in(state, prefix) & layers.keys()
         for module, layer in layers.items():
-            if module not in spoken_of and not pending:
-                continue
+            if bases and not pending and module not in bases | found.keys():
+                continue  # a part of a model's state; deltas alone are a whole adapter's
             of = found.get(module, {})
             layer.set_support(adapter_name, {n: i for n, (i, _) in of.items()}, {n: v for n, (_, v) in of.items()})
         for part, key in keys.items():
@@ -81,10 +81,10 @@ def _make_room(model: Any, state: dict[str, Tensor], prefix: str, *others: Any) 
             record_counts(config, layers, adapter_name, {} if pending else config.selection)
 
 
-def _modules_in(state: Mapping[str, Tensor], prefix: str) -> set[str]:
-    """The modules of which a state dict has tensors, base parameters or deltas."""
-    paths = {key.removeprefix(prefix).split(".sam_sparse_", 1)[0] for key in state}
-    return {module_of(path) for path in paths} | {module_of(path.rpartition(".")[0]) for path in paths}
+def _bases_in(state: Mapping[str, Tensor], prefix: str) -> set[str]:
+    """The modules of which a state dict has parameters of the base."""
+    keys = (key.removeprefix(prefix) for key in state if ".sam_sparse_" not in key)
+    return {module_of(key.rpartition(".")[0]) for key in keys}
 
 
 def _other_names(model: nn.Module) -> set[str]:

@@ -22,7 +22,7 @@ from peft_sam._peft import (
 )
 from peft_sam.config import SamConfig
 from peft_sam.layers.found import base_modules, base_name, layers_with
-from peft_sam.layers.owned import is_packed_linear, own_parameters, read_not_called
+from peft_sam.layers.owned import is_packed_linear, own_parameters, parameter_lists
 from peft_sam.tuner.embeddings import modules_of_tokens
 
 # How much of a name must be there for another to be a misspelt one: "k_proj" for "q_proj" is not.
@@ -59,7 +59,7 @@ def resolve_targets(config: SamConfig, model: nn.Module) -> set[str]:
         NoMatchingPeftModuleError: (a ValueError) if nothing matches, in PEFT's words; lists what could be targeted.
         ValueError: if a target has a parameter that is not floating point, or is one whose rows are trained.
     """
-    of_the_root = read_not_called(model)  # nothing of the root's is a candidate
+    of_the_root = parameter_lists(model)  # nothing of the root's is a candidate
     modules = {path: module for path, module in base_modules(model, parts=True) if path not in of_the_root}
     wanted, by_rows = config.target_modules, modules_of_tokens(config, model)
     if wanted is None or wanted in ("all", "all-linear"):
@@ -112,10 +112,11 @@ def shapes_of_candidates(model: nn.Module, adapter_name: str, config: SamConfig)
     """The parameters that an adapter could be given entries of, selected or not, by name in the base model."""
     found = {}
     for module, layer in layers_with(model, adapter_name).items():
-        whole = not config.target_parameters or is_target(config, module)
-        named = () if whole else named_parameters(config, {module: layer.get_base_layer()}).get(module, ())
-        own = layer.parameters_below().items()
-        found.update({f"{module}.{n}": p.shape for n, p in own if not layer.follows(n) and (whole or n in named)})
+        wanted = named_parameters(config, {module: layer.get_base_layer()}).get(module, [])
+        known = {*wanted, *layer.deltas(adapter_name)}
+        for name, parameter in layer.parameters_below().items():
+            if not layer.follows(name) and (name in known or is_target(config, module)):
+                found[f"{module}.{name}"] = parameter.shape
     return found
 
 

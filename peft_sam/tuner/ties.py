@@ -40,19 +40,19 @@ def shared_parameters(model: nn.Module) -> list[list[Place]]:
 
 
 def loosen(model: nn.Module, names: Collection[str]) -> None:
-    """Take the layers off modules with these names, or endings of names, that do no more than follow: `tie` is next.
+    """Take the layers off modules with these names, or endings of names, that no adapter targets: `tie` is next.
 
     PEFT puts no copy that is trained densely in the place of a tuner's layer.
     """
     for path, layer in list(sam_layers(model).items()):
-        follows = layer._tied and not any(layer.deltas(adapter_name) for adapter_name in layer.sam_sparse_delta)
-        if follows and any(path == name or path.endswith(f".{name}") for name in names):
+        targeted = any(layer.deltas(adapter_name) for adapter_name in layer.sam_sparse_delta)
+        if not targeted and any(path == name or path.endswith(f".{name}") for name in names):
             take_off(model, layer)
 
 
 def take_off(model: nn.Module, layer: SamLayer) -> None:
     """Put its module back in the place of a layer that no adapter reaches."""
-    for owner, _ in layer._tied.values():
+    for owner in {id(owner): owner for owner, _ in layer._tied.values()}.values():
         owner._followers.remove(layer)
     for follower in layer._followers:
         follower._tied = {name: place for name, place in follower._tied.items() if place[0] is not layer}

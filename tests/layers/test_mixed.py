@@ -79,12 +79,15 @@ def test_generation_is_that_of_each_sample_alone(beams: int, heads: list[str] | 
 @torch.no_grad()
 def test_trained_rows_of_embeddings_follow_the_names() -> None:
     model = adapted(bert(), trainable_token_indices={"word_embeddings": [1, 2, 3]})
+    model.add_adapter("third", SamConfig(score="random", init_weights=False, density=0.1, seed=2))
     rows = model.get_base_model().bert.embeddings.word_embeddings.token_adapter.trainable_tokens_delta
     for values in rows.values():
         nn.init.normal_(values)
     ids = torch.arange(1, 6).repeat(5, 1)
-    expected = sample_by_sample(model, ids, NAMES)
-    torch.testing.assert_close(model(input_ids=ids, adapter_names=NAMES).logits, expected)
+    for names in (NAMES, ["first", "third", "second", "__base__", "third"]):
+        expected = sample_by_sample(model, ids, names)
+        model.set_adapter("first")
+        torch.testing.assert_close(model(input_ids=ids, adapter_names=names).logits, expected)
 
 
 @pytest.mark.parametrize(

@@ -90,12 +90,19 @@ def test_a_model_s_adapters_are_reported_and_compared() -> None:
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # PEFT's
 @pytest.mark.parametrize(
-    "options", [{"target_modules": "all"}, {"target_modules": [], "target_parameters": ["c_attn.weight"]}]
+    "options",
+    [
+        {"target_modules": "all"},
+        {"target_modules": [], "target_parameters": ["c_attn.weight"]},
+        {"target_modules": [], "target_parameters": ["lm_head.weight"]},
+        {"target_modules": ["c_fc"], "target_parameters": ["c_attn.weight"]},
+    ],
 )
 def test_the_candidates_of_a_report_are_those_that_were_selected_from(options: dict[str, Any]) -> None:
     model: Any = get_peft_model(gpt2(), SamConfig(score="random", density=0.1, **options))
     report = selection_report(model)
-    assert report.total.candidates == model.peft_config["default"].selection["m"]
+    selection = model.peft_config["default"].selection
+    assert (report.total.selected, report.total.candidates) == (selection["k"], selection["m"])
 
 
 def deep(layers: int) -> Selection:

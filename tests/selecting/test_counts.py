@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -441,6 +442,17 @@ class Rows:
 
 EXAMPLES = {
     "tensors of unequal lengths": [torch.zeros(length) for length in (2, 5, 3)],
+    "dicts of tensors of unequal lengths": [{"input_ids": torch.zeros(length)} for length in (2, 5, 3)],
+    "lists of unequal lengths": {"input_ids": [[1, 2, 3, 4, 5], [1, 2], [3]]},
+    "lists alone": [[1, 2, 3, 4, 5], [1, 2], [3]],
+    "objects": [Rows(["one"], torch.tensor(1))] * 3,
+    "two encodings": [{"x": torch.zeros(3, 5)}, {"x": torch.zeros(3, 7)}],
+    "two encodings and labels": ([{"x": torch.zeros(3, 5)}, {"x": torch.zeros(3, 7)}], torch.zeros(3)),
+    "two dicts": ({"x": torch.zeros(3)}, {"y": torch.zeros(3)}),
+    "a size beside": {"size": (224, 224), "shape": torch.Size((8, 3)), "x": torch.zeros(3)},
+    "a text beside": {"languages": ["en"], "x": torch.zeros(3)},
+    "weights of classes beside": (torch.zeros(3, 7), torch.zeros(5)),
+    "a dict in front": {"inside": {"x": torch.zeros(3)}, "weights": torch.zeros(5)},
     "dicts": [{"input_ids": torch.zeros(7), "labels": torch.tensor(1)}] * 3,
     "pairs": [(torch.zeros(7), 1)] * 3,
     "texts": ["one", "another", "a third"],
@@ -457,9 +469,14 @@ def test_examples_are_counted_in_whatever_form_they_come(batch: Any) -> None:
     assert examples_in(batch) == 3
 
 
-def test_a_batch_that_does_not_say_how_many_it_has_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="a dict, says how many examples it has.* pass count_fn"):
-        assert examples_in({"none": None, "nothing": []}) == 1
+ROUND = SimpleNamespace()
+ROUND.itself = ROUND
+
+
+@pytest.mark.parametrize("batch", [{"none": None, "nothing": []}, [("a", "b", "c"), ("d", "e", "f")][:0], ROUND])
+def test_a_batch_that_does_not_say_how_many_it_has_is_warned_of(batch: Any) -> None:
+    with pytest.warns(UserWarning, match=r"a \w+, says how many examples it has.* pass count_fn"):
+        assert examples_in(batch) == 1
 
 
 def test_a_batch_of_single_tokens_has_no_targets_and_is_passed_over() -> None:

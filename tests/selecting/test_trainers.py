@@ -107,7 +107,7 @@ def test_a_trainer_that_makes_its_model_anew_when_it_trains_is_refused(tmp_path:
 
     rows = Dataset.from_dict({"input_ids": IDS.tolist()})
     trainer = MakesLabels(model_init=make, args=arguments(tmp_path), train_dataset=rows)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"makes another model when it trains.* select inside model_init"):
+    with pytest.raises(ValueError, match=r"calls it again when it trains.* select inside model_init"):
         select_parameters(trainer)
 
 

@@ -128,6 +128,16 @@ def test_a_head_that_one_trains_densely_and_another_targets_is_not_combined() ->
     assert set(model.peft_config) == {"first", "second"}
 
 
+def test_a_head_is_trained_densely_again_when_those_that_targeted_it_are_gone() -> None:
+    options: dict[str, Any] = {"score": "random", "density": 0.1}
+    dense_too = SamConfig(modules_to_save=["classifier"], **options)
+    model = get_peft_model(copy.deepcopy(BASE), dense_too, adapter_name="first")
+    model.add_adapter("second", SamConfig(target_modules=["classifier"], **options))
+    model.delete_adapter("second")
+    model.add_adapter("third", dense_too)
+    assert set(model.get_base_model().classifier.modules_to_save) == {"first", "third"}
+
+
 def test_a_sum_that_fails_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no memory")

@@ -132,7 +132,7 @@ def test_a_part_with_another_support_leaves_the_modules_that_it_does_not_name() 
     base = bert()
     model, other = (trained(base, score="random", density=density) for density in (0.05, 0.1))
     name = next(iter(deltas_of(other, "default")))
-    inside = name.removesuffix(".weight") + ".sam_sparse_delta."
+    inside = name.removesuffix("weight")
     part = {key: t for key, t in other.state_dict().items() if inside in key}
     before = {n: (d.indices.clone(), d.values.clone()) for n, d in deltas_of(model, "default").items()}
     model.load_state_dict(part, strict=False)
@@ -144,6 +144,14 @@ def test_a_part_with_another_support_leaves_the_modules_that_it_does_not_name() 
             assert torch.equal(after[n].indices, indices)
             assert torch.equal(after[n].values, values)
     assert model.peft_config["default"].counts == {n: len(d.values) for n, d in after.items()}
+
+
+def test_the_deltas_alone_are_a_whole_adapter() -> None:
+    base = bert()
+    model, other = (trained(base, score="random", density=density) for density in (0.3, 0.002))
+    assert len(deltas_of(other, "default")) < len(deltas_of(model, "default"))
+    model.load_state_dict({key: t for key, t in other.state_dict().items() if "sam_sparse_" in key}, strict=False)
+    assert shapes(model.state_dict()) == shapes(other.state_dict())
 
 
 @pytest.mark.parametrize(

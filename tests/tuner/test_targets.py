@@ -181,6 +181,13 @@ class ListAtTheRoot(nn.Module):
         return self.linear(x) * self.scales[0]
 
 
+def test_a_child_that_the_root_reads_without_calling_it_is_a_target() -> None:
+    model = get_peft_model(
+        nn.MultiheadAttention(8, 2), SamConfig(target_modules=["out_proj"], score="random", density=0.5)
+    )
+    assert set(candidates_of(model, "default")) == {"out_proj.weight", "out_proj.bias"}
+
+
 @pytest.mark.parametrize("targets", ["all", ["linear", "scales"]])
 def test_a_list_of_parameters_that_the_root_owns_is_left_alone(targets: Any) -> None:
     model = get_peft_model(ListAtTheRoot(), SamConfig(target_modules=targets, score="random", density=0.5))
