@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -101,3 +101,23 @@ def pairs_of(model: nn.Module, adapter_name: str) -> dict[str, LowRank]:
 def has_support(model: nn.Module, adapter_name: str) -> bool:
     """Whether any delta of the adapter has its support."""
     return any(not delta.pending for delta in deltas_of(model, adapter_name).values())
+
+
+def adapted_part(model: nn.Module) -> nn.Module:
+    """The module that has the adapters: the model itself, or the one part of it that has some.
+
+    Raises:
+        ValueError: if several parts have.
+    """
+    parts: list[nn.Module] = []
+    for module in model.modules():
+        adapted = isinstance(getattr(module, "peft_config", None), Mapping)
+        if adapted and not any(module in part.modules() for part in parts):
+            parts.append(module)
+    if len(parts) > 1:
+        kinds = ", ".join(type(part).__name__ for part in parts)
+        raise ValueError(
+            f"several parts of the {type(model).__name__} have adapters ({kinds}): pass the part that is meant, a "
+            "dataloader, and a loss_fn that runs the whole."
+        )
+    return parts[0] if parts else model

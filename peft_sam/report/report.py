@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peft_sam.layers.found import deltas_of
+from peft_sam.layers.found import adapted_part, deltas_of
 from peft_sam.selection import Selection
 from peft_sam.tuner.targets import shapes_of_candidates
 
@@ -139,7 +139,7 @@ def selection_report(
     """Where a selection lies, per layer and module type: entries, density, active rows and columns, overlap.
 
     Args:
-        of: a selection, or a model with a SAM adapter that has its support.
+        of: a selection, or a model with a SAM adapter that has its support, itself or in a part of it.
         adapter_name: which adapter, with a model.
         other: a selection, or another adapter of the model, to compare with.
 
@@ -170,6 +170,7 @@ def selection_of(model: nn.Module, adapter_name: str) -> Selection:
     Raises:
         ValueError: if there is no such adapter, or it has no support yet.
     """
+    model = adapted_part(model)
     found = {name: delta.indices.cpu() for name, delta in deltas_of(model, adapter_name).items() if not delta.pending}
     if not found:
         raise ValueError(f"the model has no SAM adapter {adapter_name!r} with a support.")

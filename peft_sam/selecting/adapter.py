@@ -1,4 +1,4 @@
-"""Which adapter is selected for, and in which part of a model it is."""
+"""Which adapter is selected for."""
 
 from __future__ import annotations
 
@@ -8,26 +8,6 @@ from torch import nn
 
 from peft_sam.config import SamConfig
 from peft_sam.layers.found import deltas_of, sam_layers
-
-
-def adapted_part(model: nn.Module) -> nn.Module:
-    """The module that has the adapters: the model itself, or the one part of it that has some.
-
-    Raises:
-        ValueError: if several parts have.
-    """
-    parts: list[nn.Module] = []
-    for module in model.modules():
-        adapted = isinstance(getattr(module, "peft_config", None), Mapping)
-        if adapted and not any(module in part.modules() for part in parts):
-            parts.append(module)
-    if len(parts) > 1:
-        kinds = ", ".join(type(part).__name__ for part in parts)
-        raise ValueError(
-            f"several parts of the {type(model).__name__} have adapters ({kinds}): pass the part that is meant, a "
-            "dataloader, and a loss_fn that runs the whole."
-        )
-    return parts[0] if parts else model
 
 
 def pending_adapter(model: nn.Module, adapter_name: str | None) -> tuple[str, SamConfig]:

@@ -19,9 +19,9 @@ from peft_sam.choosing.dense import copy_whole, restoring, train_densely
 from peft_sam.choosing.processes import Processes
 from peft_sam.config import SamConfig
 from peft_sam.layers.base import selecting
-from peft_sam.layers.found import deltas_of, sam_layers
+from peft_sam.layers.found import adapted_part, deltas_of, sam_layers
 from peft_sam.recorded import shown
-from peft_sam.selecting.adapter import adapted_part, pending_adapter
+from peft_sam.selecting.adapter import pending_adapter
 from peft_sam.selecting.batches import from_loader, from_trainer
 from peft_sam.selecting.exclude import Excluded, excluded
 from peft_sam.selecting.passes import select_by_data

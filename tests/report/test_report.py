@@ -105,6 +105,14 @@ def test_the_candidates_of_a_report_are_those_that_were_selected_from(options: d
     assert (report.total.selected, report.total.candidates) == (selection["k"], selection["m"])
 
 
+def test_an_adapter_in_a_part_of_a_model_is_reported() -> None:
+    part: Any = get_peft_model(
+        nn.Sequential(nn.Linear(6, 8)), SamConfig(target_modules=["0"], score="random", density=0.2)
+    )
+    whole = nn.Sequential(part, nn.Linear(8, 2))
+    assert str(selection_report(whole)) == str(selection_report(part))
+
+
 def deep(layers: int) -> Selection:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
     kinds = (*kinds, *(f"experts.{i}.w" for i in range(8)))
