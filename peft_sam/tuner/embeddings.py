@@ -72,13 +72,24 @@ def names_embeddings(config: SamConfig) -> bool:
 
 
 def rows_of_tokens(config: SamConfig, model: nn.Module) -> dict[str, list[int]]:
-    """Module of the base model → the rows of it that PEFT trains (`trainable_token_indices`), in their order."""
-    wanted = config.trainable_token_indices or {}
+    """Module of the base model → the rows of it that PEFT trains (`trainable_token_indices`), in their order.
+
+    Raises:
+        ValueError: if a module has no such row.
+    """
+    wanted, found = config.trainable_token_indices or {}, {}
     named = wanted if isinstance(wanted, dict) else {get_input_embeddings_name(model, "embed_tokens"): wanted}
-    paths = [module_of(path) for path, _ in base_modules(model)]
-    return {
-        path: list(rows) for name, rows in named.items() for path in paths if path == name or path.endswith(f".{name}")
-    }
+    for name, rows in named.items():
+        for path, module in base_modules(model):
+            if f".{module_of(path)}".endswith(f".{name}"):
+                found[module_of(path)] = list(rows)
+                there = max((len(parameter) for parameter in stored_parameters(module).values()), default=0)
+                if rows and max(rows) >= there:
+                    raise ValueError(
+                        f"trainable_token_indices has row {max(rows)} of {module_of(path)!r}, which has {there} rows: "
+                        "resize the embeddings before the adapter is made, or mend the number."
+                    )
+    return found
 
 
 def modules_of_tokens(config: SamConfig, model: nn.Module) -> set[str]:

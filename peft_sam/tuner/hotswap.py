@@ -34,6 +34,8 @@ _prepare = inspect.unwrap(_peft.prepare_swap)
 def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config: SamConfig) -> None:
     """Replace what an adapter of a model, compiled or not, holds; on an error the model is as it was.
 
+    Its scale is 1 then, as after loading.
+
     Args:
         model: with or without PeftModel around it.
         state_dict: of the other adapter, with `adapter_name` in its keys.
@@ -79,6 +81,8 @@ def swap(model: Any, state_dict: Mapping[str, Tensor], adapter_name: str, config
         raise
     if config.selection is not None:
         own.selection = config.selection
+    for layer in layers.values():
+        layer.set_scale(adapter_name, 1.0)
     if config.lora_alpha is not None:
         own.lora_alpha = config.lora_alpha
         for pair in pairs_of(model, adapter_name).values():

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_sam import SamConfig, select_parameters
 from peft_sam.tuner.candidates import candidates_of
-from tests.shared.cases import NETS, NetCase, bert, names
+from tests.shared.cases import NETS, VOCABULARY, NetCase, bert, names
 
 ROWS = [3, 7, 11]
 BATCH = {"input_ids": torch.tensor([[3, 7, 11, 4, 5]]), "labels": torch.tensor([[3, 7, 11, 4, 5]])}
@@ -69,6 +69,14 @@ def test_a_module_cannot_be_a_target_and_trained_by_rows() -> None:
 def test_row_numbers_are_checked(wrong: Any) -> None:
     with pytest.raises(ValueError, match="trainable_token_indices must be None, a list of row numbers"):
         SamConfig(trainable_token_indices=wrong)
+
+
+@pytest.mark.parametrize("rows", [[VOCABULARY], {"word_embeddings": [1, 10**12]}])
+def test_a_row_that_the_embedding_does_not_have_is_refused(rows: Any) -> None:
+    base = bert()
+    with pytest.raises(ValueError, match=r"word_embeddings', which has \d+ rows: resize"):
+        get_peft_model(base, SamConfig(target_modules=["query"], score="random", trainable_token_indices=rows))
+    assert all(p.requires_grad for p in base.parameters())
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ".*(lm_head|embed_tokens)"])

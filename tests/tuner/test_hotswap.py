@@ -227,6 +227,14 @@ def test_a_swap_onto_another_base_warns(tmp_path: Path) -> None:
         hotswap_adapter(model, tmp_path, adapter_name="default")
 
 
+def test_a_swapped_adapter_has_no_scale_of_the_old_one_s(tmp_path: Path) -> None:
+    model, two = adapted(), saved(tmp_path, seed=1)
+    for layer in sam_layers(model).values():
+        layer.set_scale("default", 0.5)
+    hotswap_adapter(model, tmp_path, adapter_name="default")
+    assert torch.equal(model(IDS), two(IDS))
+
+
 def test_an_adapter_for_inference_stays_one_when_its_parameters_come_back(tmp_path: Path) -> None:
     saved(tmp_path / "wide")
     saved(tmp_path / "narrow", target_modules=["0"])
