@@ -79,7 +79,6 @@ def inject(
             _leave_values_out(model, adapter_name)
     except BaseException:
         withdraw(tuner, adapter_name)
-        tie(tuner, model)
         raise
 
 
@@ -90,6 +89,7 @@ def withdraw(tuner: Any, adapter_name: str) -> None:
         for layer in sam_layers(tuner.model).values():
             if id(layer) not in tuner._layers_before and not layer.is_reached():
                 take_off(tuner.model, layer)
+        tie(tuner, tuner.model)  # what was loosened for it
     else:
         for name, module in list(tuner.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):

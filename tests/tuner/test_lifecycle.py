@@ -503,3 +503,15 @@ def test_when_the_active_adapter_is_deleted_the_next_one_reaches_both_sides_of_a
     model.delete_adapter("one")
     assert model.active_adapters == ["two"]
     assert torch.equal(logits(model), expected)
+
+
+@TIED
+def test_a_saved_config_that_fits_no_module_leaves_no_layer_in_a_tied_base() -> None:
+    base = gpt2().eval()
+    saved = get_peft_model(copy.deepcopy(base), config(task_type="CAUSAL_LM", target_modules=["wte"]))
+    other = copy.deepcopy(saved.peft_config["default"])
+    other.target_modules = {"nothing"}
+    kinds = [type(module) for module in base.modules()]
+    with pytest.raises(ValueError, match="nothing"):
+        get_peft_model(base, other)
+    assert [type(module) for module in base.modules()] == kinds
